@@ -1,0 +1,58 @@
+"""Where the window stands in each round: pure functions of the round number, so that a resumed run agrees.
+
+*continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
+refined in several sweeps. *train-and-freeze*: every window gets an equal share of the rounds, once, bottom to top.
+Either may be preceded by `probe_rounds` rounds that train the classifier alone on the untrained model's features.
+Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from chainfed_engine.errors import ConfigError
+from chainfed_engine.types import Stage, Window
+
+ScheduleKind = Literal["continuous", "train-and-freeze"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    kind: ScheduleKind
+    num_layers: int
+    window: int
+    start_layer: int
+    rounds: int
+    probe_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.window <= self.num_layers:
+            raise ConfigError(
+                f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.window}; lower [chain] window"
+            )
+        if not 0 <= self.start_layer <= self.num_layers - self.window:
+            raise ConfigError(
+                f"start_layer {self.start_layer} leaves {self.num_layers - self.start_layer} layers for a window of "
+                f"{self.window}; lower [chain] start_layer or window"
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """Distinct window positions: start_layer .. num_layers - window."""
+        return self.num_layers - self.window - self.start_layer + 1
+
+    def stage(self, round_id: int) -> Stage:
+        """Stage of round `round_id` (0-based)."""
+        step = round_id - self.probe_rounds
+        if step < 0:
+            return Stage("probe", Window(self.num_layers, self.num_layers), 0)
+        if self.kind == "continuous":
+            sweep, position = divmod(step, self.num_positions)
+        else:
+            share = max(1, (self.rounds - self.probe_rounds) // self.num_positions)
+            sweep, position = 0, min(step // share, self.num_positions - 1)
+        start = self.start_layer + position
+        return Stage("window", Window(start, start + self.window), sweep)
+
+    def is_top(self, stage: Stage) -> bool:
+        """Whether the stage sees the model's own end: then the loss is the end-to-end loss alone."""
+        return stage.window.stop == self.num_layers
