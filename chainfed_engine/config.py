@@ -58,7 +58,7 @@ class ChainConfig:
     stand_in: bool = _in("chain", True)
     stand_in_ridge: float = _in("chain", 0.01, above=True, high=1e6)  # relative to the mean diagonal of X'X
 
-    method: Method = _in("train", "chain")
+    method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
     lr: float = _in("train", 1e-3, above=True, high=10)
     weight_decay: float = _in("train", 0.01, high=10)
     batch_size: int = _in("train", 16, low=1, high=65536)
@@ -79,7 +79,7 @@ class ChainConfig:
         _check_fields(self)
         if self.probe_rounds > self.rounds:
             raise ConfigError(
-                f"[chain] probe_rounds: expected at most rounds ({self.rounds}), got {self.probe_rounds}; they count as rounds"
+                f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
             )
 
 
@@ -202,7 +202,7 @@ def _flatten(document: dict[str, Any], folder: Path) -> dict[tuple[str, str], An
 
 
 def _override(text: str) -> dict[tuple[str, str], Any]:
-    """`table.key=value`. The value is read as TOML where it is TOML and the field is no text, else taken as it stands."""
+    """`table.key=value`. The value is read as TOML unless the field is text or it is no TOML."""
     name, equals, value = text.partition("=")
     table, dot, key = name.strip().partition(".")
     if not equals or not dot:

@@ -22,7 +22,7 @@ _SIZE = re.compile(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASC
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes meant by a number or by text such as `512MiB`, `1GB`, `1.5 GiB`. Raises ValueError with what was expected."""
+    """Bytes meant by a number or by text such as `512MiB`, `1GB`, `1.5 GiB`. Raises ValueError."""
     if isinstance(size, int) and not isinstance(size, bool):
         if size < 0:
             raise ValueError(f"expected a size of at least 0 bytes, got {size}")
