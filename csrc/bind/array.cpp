@@ -1,0 +1,328 @@
+#include "bind/array.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "bind/dlpack.h"
+#include "chainfed/error.h"
+
+namespace chainfed::bind {
+namespace {
+
+constexpr struct {
+  const char* name;
+  int64_t bytes;
+} kDtypes[] = {{"uint8", 1},    {"int8", 1},    {"int16", 2},   {"int32", 4}, {"int64", 8},        {"float16", 2},
+               {"bfloat16", 2}, {"float32", 4}, {"float64", 8}, {"bool", 1},  {"another dtype", 1}};
+
+Dtype dlpack_dtype(const DlpackTensor& tensor) {
+  if (tensor.dtype.lanes != 1) return Dtype::other;
+  const int key = tensor.dtype.code * 1000 + tensor.dtype.bits;
+  switch (key) {
+    case kDlpackUint * 1000 + 8:
+      return Dtype::u8;
+    case kDlpackInt * 1000 + 8:
+      return Dtype::i8;
+    case kDlpackInt * 1000 + 16:
+      return Dtype::i16;
+    case kDlpackInt * 1000 + 32:
+      return Dtype::i32;
+    case kDlpackInt * 1000 + 64:
+      return Dtype::i64;
+    case kDlpackFloat * 1000 + 16:
+      return Dtype::f16;
+    case kDlpackBfloat * 1000 + 16:
+      return Dtype::bf16;
+    case kDlpackFloat * 1000 + 32:
+      return Dtype::f32;
+    case kDlpackFloat * 1000 + 64:
+      return Dtype::f64;
+    case kDlpackBool * 1000 + 8:
+      return Dtype::boolean;
+    default:
+      return Dtype::other;
+  }
+}
+
+// PEP 3118 format characters of the native, single-element kind.
+Dtype buffer_dtype(const char* format, int64_t item_bytes) {
+  if (format == nullptr) return Dtype::u8;
+  if (*format == '@' || *format == '=' || *format == '<') ++format;
+  if (format[0] == '\0' || format[1] != '\0') return Dtype::other;
+  switch (*format) {
+    case 'B':
+      return Dtype::u8;
+    case 'b':
+      return Dtype::i8;
+    case 'h':
+      return Dtype::i16;
+    case 'i':
+      return Dtype::i32;
+    case 'l':
+    case 'q':
+      return item_bytes == 8 ? Dtype::i64 : Dtype::i32;
+    case 'e':
+      return Dtype::f16;
+    case 'f':
+      return Dtype::f32;
+    case 'd':
+      return Dtype::f64;
+    case '?':
+      return Dtype::boolean;
+    default:
+      return Dtype::other;
+  }
+}
+
+bool is_contiguous(const std::vector<int64_t>& shape, const int64_t* strides, int64_t unit) {
+  if (strides == nullptr) return true;
+  for (int64_t size : shape) {
+    if (size == 0) return true;
+  }
+  int64_t expected = unit;
+  for (size_t dim = shape.size(); dim-- > 0;) {
+    if (shape[dim] != 1 && strides[dim] != expected) return false;
+    expected *= shape[dim];
+  }
+  return true;
+}
+
+std::string describe(Dtype dtype, const std::vector<int64_t>& shape) {
+  std::string text = std::string(dtype_name(dtype)) + " [";
+  for (size_t dim = 0; dim < shape.size(); ++dim) {
+    if (dim > 0) text += ", ";
+    text += shape[dim] == kAny ? "any" : std::to_string(shape[dim]);
+  }
+  return text + "]";
+}
+
+std::string python_error_text(py::error_already_set& error) {
+  const std::string text = error.what();
+  return text.substr(0, text.find('\n'));
+}
+
+}  // namespace
+
+// Fills an Array from an exporter. Needs the GIL.
+class ArrayReader {
+ public:
+  // Returns false when the object speaks neither protocol; throws py::error_already_set when its export fails.
+  static bool read(py::handle object, Array& array) {
+    if (py::hasattr(object, "__dlpack__")) {
+      read_dlpack(object, array);
+      return true;
+    }
+    if (PyObject_CheckBuffer(object.ptr()) != 0) {
+      read_buffer(object, array);
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  static py::object export_capsule(py::handle object) {
+    const py::object method = object.attr("__dlpack__");
+    try {
+      return method(py::arg("max_version") = py::make_tuple(kDlpackMajor, 0));
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;  // a TypeError: an exporter from before max_version
+    }
+    return method();
+  }
+
+  static void read_dlpack(py::handle object, Array& array) {
+    if (py::hasattr(object, "__dlpack_device__")) {
+      const py::tuple device = object.attr("__dlpack_device__")();
+      if (py::cast<int>(py::int_(device[0])) != kDlpackCpu) {
+        array.on_cpu_ = false;
+        array.null_ = false;
+        return;
+      }
+    }
+    const py::object capsule = export_capsule(object);
+    if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+      auto* managed = static_cast<DlpackManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+      if (managed->version.major != kDlpackMajor) throw py::buffer_error("a DLPack version other than 1");
+      consume(managed, capsule, "used_dltensor_versioned", array);
+      array.read_only_ = (managed->flags & kDlpackReadOnly) != 0;
+    } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
+      auto* managed = static_cast<DlpackManaged*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+      consume(managed, capsule, "used_dltensor", array);
+    } else {
+      throw py::buffer_error("__dlpack__ gave no DLPack capsule");
+    }
+  }
+
+  template <typename Managed>
+  static void consume(Managed* managed, const py::object& capsule, const char* used_name, Array& array) {
+    array.keep_alive_ = std::shared_ptr<void>(managed, [](void* pointer) {
+      auto* owned = static_cast<Managed*>(pointer);
+      if (owned->deleter != nullptr) owned->deleter(owned);
+    });
+    PyCapsule_SetName(capsule.ptr(), used_name);
+    PyCapsule_SetDestructor(capsule.ptr(), nullptr);
+    const DlpackTensor& tensor = managed->tensor;
+    array.shape_.assign(tensor.shape, tensor.shape + tensor.num_dims);
+    array.dtype_ = dlpack_dtype(tensor);
+    array.contiguous_ = is_contiguous(array.shape_, tensor.strides, 1);
+    array.on_cpu_ = tensor.device.type == kDlpackCpu;
+    array.data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    array.null_ = false;
+  }
+
+  static void read_buffer(py::handle object, Array& array) {
+    auto* view = new Py_buffer;
+    if (PyObject_GetBuffer(object.ptr(), view, PyBUF_FULL_RO) != 0) {
+      delete view;
+      throw py::error_already_set();
+    }
+    array.keep_alive_ = std::shared_ptr<void>(view, [](void* pointer) {
+      PyBuffer_Release(static_cast<Py_buffer*>(pointer));
+      delete static_cast<Py_buffer*>(pointer);
+    });
+    array.shape_.assign(view->shape, view->shape + view->ndim);
+    std::vector<int64_t> strides(view->strides, view->strides + (view->strides == nullptr ? 0 : view->ndim));
+    array.contiguous_ =
+        view->suboffsets == nullptr &&
+        is_contiguous(array.shape_, view->strides == nullptr ? nullptr : strides.data(), view->itemsize);
+    array.dtype_ = buffer_dtype(view->format, view->itemsize);
+    array.read_only_ = view->readonly != 0;
+    array.data_ = view->buf;
+    array.null_ = false;
+  }
+};
+
+const char* dtype_name(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].name; }
+int64_t dtype_bytes(Dtype dtype) { return kDtypes[static_cast<int>(dtype)].bytes; }
+
+int64_t Array::num_bytes() const {
+  if (null_) return 0;
+  int64_t bytes = dtype_bytes(dtype_);
+  for (int64_t size : shape_) bytes *= size;
+  return bytes;
+}
+
+Array Arguments::read(const char* name, py::handle object, const std::string& expected) const {
+  const std::string prefix = std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got ";
+  Array array;
+  try {
+    if (!ArrayReader::read(object, array)) {
+      fail(prefix + py::cast<std::string>(py::type::of(object).attr("__name__")));
+    }
+  } catch (py::error_already_set& error) {
+    fail(prefix + "an array that cannot be exported (" + python_error_text(error) + ")");
+  } catch (py::builtin_exception& error) {
+    fail(prefix + "an array that cannot be exported (" + error.what() + ")");
+  }
+  if (!array.on_cpu_) fail(prefix + "an array on another device");
+  return array;
+}
+
+const Array& Arguments::keep(const char* name, Array array, int64_t alignment, bool written) {
+  if (written && array.read_only_) fail(std::string(name) + " must be writable, got a read-only array");
+  const int64_t needed = std::max(alignment, dtype_bytes(array.dtype_));
+  if (array.num_bytes() > 0 && reinterpret_cast<uintptr_t>(array.data_) % static_cast<uintptr_t>(needed) != 0) {
+    fail(std::string(name) + " must start at a multiple of " + std::to_string(needed) + " bytes");
+  }
+  arrays_.push_back(std::move(array));
+  const Array& kept = arrays_.back();
+  entries_.push_back({name, kept.data_, kept.num_bytes(), written});
+  return kept;
+}
+
+const Array& Arguments::add(const char* name, py::handle object, Dtype dtype, std::initializer_list<int64_t> shape,
+                            int64_t alignment, bool written) {
+  const std::vector<int64_t> wanted(shape);
+  const std::string expected = describe(dtype, wanted);
+  Array array = read(name, object, expected);
+  bool fits = array.dtype_ == dtype && array.shape_.size() == wanted.size();
+  for (size_t dim = 0; fits && dim < wanted.size(); ++dim) {
+    fits = wanted[dim] == kAny || wanted[dim] == array.shape_[dim];
+  }
+  if (!fits || !array.contiguous_) {
+    fail(std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got " +
+         (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
+  }
+  return keep(name, std::move(array), alignment, written);
+}
+
+const Array& Arguments::storage(const char* name, py::handle object, Dtype dtype, int64_t count, int64_t alignment,
+                                bool written) {
+  const std::string expected = std::string(dtype_name(dtype)) + " of " + std::to_string(count) + " elements";
+  Array array = read(name, object, expected);
+  if (array.dtype_ != dtype || array.num_bytes() != count * dtype_bytes(dtype) || !array.contiguous_) {
+    fail(std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got " +
+         (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
+  }
+  return keep(name, std::move(array), alignment, written);
+}
+
+const Array& Arguments::input(const char* name, py::handle object, Dtype dtype, std::initializer_list<int64_t> shape,
+                              int64_t alignment) {
+  return add(name, object, dtype, shape, alignment, false);
+}
+
+const Array& Arguments::output(const char* name, py::handle object, Dtype dtype, std::initializer_list<int64_t> shape,
+                               int64_t alignment) {
+  return add(name, object, dtype, shape, alignment, true);
+}
+
+const Array& Arguments::optional_input(const char* name, py::handle object, Dtype dtype,
+                                       std::initializer_list<int64_t> shape, int64_t alignment) {
+  if (!object.is_none()) return add(name, object, dtype, shape, alignment, false);
+  return arrays_.emplace_back();
+}
+
+const Array& Arguments::optional_output(const char* name, py::handle object, Dtype dtype,
+                                        std::initializer_list<int64_t> shape, int64_t alignment) {
+  if (!object.is_none()) return add(name, object, dtype, shape, alignment, true);
+  return arrays_.emplace_back();
+}
+
+const Array& Arguments::workspace(py::handle object, int64_t min_bytes) {
+  const Array& array = add("workspace", object, Dtype::u8, {kAny}, min_bytes > 0 ? 64 : 1, true);
+  if (array.size(0) < min_bytes) {
+    fail("workspace must be uint8 [>= " + std::to_string(min_bytes) + "], C-contiguous on the CPU, got " +
+         describe(array.dtype_, array.shape_));
+  }
+  return array;
+}
+
+void Arguments::also_reads(const char* name, const void* data, int64_t num_bytes) {
+  entries_.push_back({name, data, num_bytes, false});
+}
+
+void Arguments::check_aliases() const {
+  for (const Entry& written : entries_) {
+    if (!written.written || written.num_bytes == 0) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(written.data);
+    for (const Entry& other : entries_) {
+      if (&other == &written || other.num_bytes == 0) continue;
+      const auto other_begin = reinterpret_cast<uintptr_t>(other.data);
+      if (begin < other_begin + static_cast<uintptr_t>(other.num_bytes) &&
+          other_begin < begin + static_cast<uintptr_t>(written.num_bytes)) {
+        fail(std::string(written.name) + " must not share memory with " + other.name);
+      }
+    }
+  }
+}
+
+void Arguments::check_indices(const char* name, const Array& indices, int64_t limit) const {
+  const int64_t* values = indices.as<int64_t>();
+  const int64_t count = indices.num_bytes() / 8;
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= limit) {
+      fail(std::string(name) + " must be in 0.." + std::to_string(limit - 1) + ", got " + std::to_string(values[i]) +
+           " at position " + std::to_string(i));
+    }
+  }
+}
+
+void Arguments::fail(const std::string& message) const {
+  throw InvalidArgument(std::string(function_) + ": " + message);
+}
+
+Array Arguments::take(const Array& array) { return std::move(const_cast<Array&>(array)); }
+
+}  // namespace chainfed::bind

@@ -1,0 +1,47 @@
+// The DLPack ABI, version 1.0: only what reading a CPU array needs. The versioned struct is asked for first, since it
+// alone carries the read-only flag.
+#pragma once
+#include <cstdint>
+
+namespace chainfed::bind {
+
+constexpr int32_t kDlpackCpu = 1;
+constexpr uint32_t kDlpackMajor = 1;
+constexpr uint64_t kDlpackReadOnly = 1;
+enum DlpackCode : uint8_t { kDlpackInt = 0, kDlpackUint = 1, kDlpackFloat = 2, kDlpackBfloat = 4, kDlpackBool = 6 };
+
+struct DlpackTensor {
+  void* data;
+  struct {
+    int32_t type;
+    int32_t id;
+  } device;
+  int32_t num_dims;
+  struct {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;  // in elements; null: C-contiguous
+  uint64_t byte_offset;
+};
+
+struct DlpackManaged {  // capsule "dltensor"
+  DlpackTensor tensor;
+  void* manager;
+  void (*deleter)(DlpackManaged*);
+};
+
+struct DlpackManagedVersioned {  // capsule "dltensor_versioned"
+  struct {
+    uint32_t major;
+    uint32_t minor;
+  } version;
+  void* manager;
+  void (*deleter)(DlpackManagedVersioned*);
+  uint64_t flags;
+  DlpackTensor tensor;
+};
+
+}  // namespace chainfed::bind

@@ -1,0 +1,40 @@
+"""Builds the native module with CMake. Everything else about the package stands in pyproject.toml.
+
+`pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
+`native/__init__.py` (in the source tree for `pip install -e .`). Neither torch nor CUDA is needed to build.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """One CMake configure and build in place of setuptools' compiler calls."""
+
+    def build_extension(self, ext: Extension) -> None:
+        source_dir = Path(__file__).resolve().parent
+        module_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            *("-S", str(source_dir), "-B", str(build_dir), "-G", "Ninja"),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCHAINFED_MODULE_DIR={module_dir}",
+            "-DCHAINFED_TESTS=OFF",
+        ]
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(min(4, os.cpu_count() or 1)))
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_native", "--parallel", jobs], check=True)
+
+
+setup(
+    ext_modules=[Extension("chainfed_engine.native._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
