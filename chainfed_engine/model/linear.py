@@ -93,7 +93,11 @@ class _Linear(torch.autograd.Function):
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         with binding.store.lease(binding.file) as lease:
             matrix = lease.matrix(binding.name)
-            out = _exact_forward(matrix, rows, bias) if x.dtype == torch.float64 else _forward(matrix, rows, bias, compute)
+            out = (
+                _exact_forward(matrix, rows, bias)
+                if x.dtype == torch.float64
+                else _forward(matrix, rows, bias, compute)
+            )
         return out.view(*x.shape[:-1], out_features)
 
     @staticmethod
