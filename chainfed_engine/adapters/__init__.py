@@ -1,7 +1,7 @@
 """Trainable additions to a frozen layer: the bottleneck adapter (default) and LoRA.
 
-Both start as the exact identity, are seeded by run seed and layer, carry their parameters under `types.adapter_key`, and
-act through `FrozenLayer(hidden, context, adapter)`: a bottleneck on the layer's output, LoRA inside the attention.
+Both start as the exact identity, are seeded by run seed and layer, carry their parameters under `types.adapter_key`,
+and act through `FrozenLayer(hidden, context, adapter)`: a bottleneck on the layer's output, LoRA inside the attention.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """The bottleneck adapter: h + up(gelu(down(h))), applied to a layer's output.
 
-hidden [..., D] in, [..., D] out; D hidden size, R width. `up` starts at zero, so an untrained adapter is the identity. The
-GELU is the exact one (erf), as in the native kernel that fuses the adapter with the boundary cache's encoding.
+hidden [..., D] in, [..., D] out; D hidden size, R width. `up` starts at zero, so an untrained adapter is the identity.
+The GELU is the exact one (erf), as in the native kernel that fuses the adapter with the boundary cache's encoding.
 Source: Houlsby et al. 2019, in the form ChainFed composes without the layers between.
 """
 
@@ -41,6 +41,12 @@ class Bottleneck(nn.Module):
     def is_trained(self) -> bool:
         """False while the adapter is the identity, whatever `down` holds."""
         return bool(self.up_weight.any()) or bool(self.up_bias.any())
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parameters without gradient, in the order of the native `boundary_encode`'s `adapter`."""
+        parameters = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        down_weight, down_bias, up_weight, up_bias = (parameter.detach() for parameter in parameters)
+        return down_weight, down_bias, up_weight, up_bias
 
     def key(self, name: str) -> str:
         return adapter_key(self.layer, name)

@@ -1,8 +1,8 @@
 """LoRA on a layer's query and value projections: W x becomes W x + (alpha / rank) B A x.
 
-x [..., K] in, an addition [..., N] out for each of the two projections; rank R. B starts at zero, so an untrained adapter
-is the identity. LoRA lives inside the attention: applied to a layer's output it is the identity, which means that it
-cannot stand in for a layer that is not loaded. Source: Hu et al. 2021.
+x [..., K] in, an addition [..., N] out for each of the two projections; rank R. B starts at zero, so an untrained
+adapter is the identity. LoRA lives inside the attention: applied to a layer's output it is the identity, which means
+that it cannot stand in for a layer that is not loaded. Source: Hu et al. 2021.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
 """The classification head: pool the hidden states of a sequence, an optional transform, one linear.
 
-hidden [B,T,D] and attention_mask [B,T] in, logits [B,C] out. It is the one part of the base that is trained and sent along
-with the window's adapters. It starts as the checkpoint's own head where that has the same labels.
+hidden [B,T,D] and attention_mask [B,T] in, logits [B,C] out. It is the one part of the base that is trained and sent
+along with the window's adapters. It starts as the checkpoint's own head where that has the same labels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -17,11 +17,11 @@ from chainfed_engine.model.arrays import load_module_arrays, module_arrays, seed
 from chainfed_engine.model.families.base import Pooling
 from chainfed_engine.types import Arrays, classifier_key
 
-_ACTIVATIONS = {"tanh": torch.tanh, "relu": functional.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": functional.relu}
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a sequence, [B,T,D] -> [B,D]: the mean over its tokens, its first or its last token (right padding)."""
+    """One vector a sequence, [B,T,D] -> [B,D]: the mean over its tokens, its first or its last token."""
     if pooling == "first":
         return hidden[:, 0]
     lengths = attention_mask.sum(dim=1)
@@ -35,7 +35,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Parameters (f32): out_weight [C,D], out_bias [C]; with a transform also transform_weight [D,D], transform_bias [D].
+    """Parameters (f32): out_weight [C,D], out_bias [C]; with a transform transform_weight [D,D], transform_bias [D].
 
     Seeded start: weights normal with deviation 0.02, biases zero.
     """
@@ -74,10 +74,10 @@ class Classifier(nn.Module):
         return int(self.out_bias.shape[0])
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B,T,D] -> the features [B,D] that `score` reads."""
+        """[B,T,D] -> the features [B,D] that `logits` reads."""
         return pool(hidden, attention_mask, self.pooling)
 
-    def score(self, pooled: Tensor) -> Tensor:
+    def logits(self, pooled: Tensor) -> Tensor:
         """Features [B,D] -> logits [B,C]."""
         if self.transform is not None:
             assert self.transform_weight is not None
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         return functional.linear(pooled, self.out_weight, self.out_bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.score(self.pool(hidden, attention_mask))
+        return self.logits(self.pool(hidden, attention_mask))
 
     def state_arrays(self) -> Arrays:
         """f32 copies under `classifier.<name>`."""

@@ -125,8 +125,8 @@ bool read_exact(ReadFile& file, const std::string& path, void* out, int64_t byte
       if (++fruitless <= 1000) continue;
     }
     if (count < 0) {
-      throw IoError("reading " + path + " at offset " + std::to_string(offset + done) + " failed: " +
-                    describe(static_cast<int>(-count)));
+      throw IoError("reading " + path + " at offset " + std::to_string(offset + done) +
+                    " failed: " + describe(static_cast<int>(-count)));
     }
     bytes_read->fetch_add(count, std::memory_order_relaxed);
     const int64_t reached = done + count;

@@ -25,19 +25,21 @@ struct Range {
 void check_range(const FileEntry& entry, const TensorEntry& tensor, const char* part, int64_t offset, int64_t bytes,
                  int64_t expected_bytes, int64_t alignment) {
   if (bytes != expected_bytes) {
-    fail(entry, tensor, std::string(part) + " take " + std::to_string(bytes) + " bytes, but " +
-                            block_format_name(tensor.format) + " [" + std::to_string(tensor.num_rows) + ", " +
-                            std::to_string(tensor.num_cols) + "] needs " + std::to_string(expected_bytes));
+    fail(entry, tensor,
+         std::string(part) + " take " + std::to_string(bytes) + " bytes, but " + block_format_name(tensor.format) +
+             " [" + std::to_string(tensor.num_rows) + ", " + std::to_string(tensor.num_cols) + "] needs " +
+             std::to_string(expected_bytes));
   }
   if (bytes == 0 && offset == 0) return;
   if (offset < 0 || offset % alignment != 0) {
-    fail(entry, tensor, std::string(part) + " start at offset " + std::to_string(offset) + ", expected a multiple of " +
-                            std::to_string(alignment));
+    fail(entry, tensor,
+         std::string(part) + " start at offset " + std::to_string(offset) + ", expected a multiple of " +
+             std::to_string(alignment));
   }
   if (bytes > entry.file_bytes || offset > entry.file_bytes - bytes) {
-    fail(entry, tensor, std::string(part) + " of " + std::to_string(bytes) + " bytes at offset " +
-                            std::to_string(offset) + " do not fit the file of " + std::to_string(entry.file_bytes) +
-                            " bytes");
+    fail(entry, tensor,
+         std::string(part) + " of " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+             " do not fit the file of " + std::to_string(entry.file_bytes) + " bytes");
   }
 }
 

@@ -25,8 +25,8 @@ void PageBuffer::reserve(int64_t bytes) {
   void* address = ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (address == MAP_FAILED) {
-    throw IoError("cannot reserve " + std::to_string(bytes) + " bytes for a slot of the layer store: " +
-                  std::system_category().message(errno));
+    throw IoError("cannot reserve " + std::to_string(bytes) +
+                  " bytes for a slot of the layer store: " + std::system_category().message(errno));
   }
   ::madvise(address, static_cast<size_t>(bytes), MADV_DONTFORK);
   data_ = static_cast<char*>(address);

@@ -42,7 +42,8 @@ struct Lease::State {
   const FileEntry& entry() const { return ring->entry(file); }
   void check_valid() const {
     if (!ring->in_owner_process()) ring->check_file(file);
-    if (released.load()) throw InvalidArgument("the lease of " + entry().path + " was released; acquire the file again");
+    if (released.load())
+      throw InvalidArgument("the lease of " + entry().path + " was released; acquire the file again");
   }
 };
 
@@ -87,7 +88,8 @@ StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direc
     check_real_size(entry, *handles.back());
     impl_->direct = impl_->direct && handles.back()->direct();
   }
-  impl_->ring = std::shared_ptr<Ring>(new Ring(std::move(files), std::move(handles), num_slots), delete_in_owner_process);
+  impl_->ring =
+      std::shared_ptr<Ring>(new Ring(std::move(files), std::move(handles), num_slots), delete_in_owner_process);
 }
 
 StoreReader::~StoreReader() {
@@ -106,13 +108,18 @@ std::shared_ptr<Lease> StoreReader::try_acquire(int file) {
   return slot < 0 ? nullptr : std::make_shared<Lease>(impl_->ring, slot, file);
 }
 
+const TensorEntry& StoreReader::tensor(int file, const std::string& name) const {
+  impl_->ring->check_file(file);
+  const FileEntry& entry = impl_->ring->entry(file);
+  return entry.tensors[static_cast<size_t>(find_tensor(entry, name))];
+}
+
 void StoreReader::gather_rows_from_disk(int file, const std::string& name, const int64_t* row_ids, int64_t num_ids,
                                         float* out) {
+  const TensorEntry& wanted = tensor(file, name);
   Ring& ring = *impl_->ring;
-  ring.check_file(file);
-  const FileEntry& entry = ring.entry(file);
-  const TensorEntry& tensor = entry.tensors[static_cast<size_t>(find_tensor(entry, name))];
-  gather_rows_from_file({ring.handle(file), entry.path, tensor, ring.bytes_read, ring.read_ns}, row_ids, num_ids, out);
+  gather_rows_from_file({ring.handle(file), ring.entry(file).path, wanted, ring.bytes_read, ring.read_ns}, row_ids,
+                        num_ids, out);
 }
 
 ReaderStats StoreReader::stats() const { return impl_->ring->stats(); }

@@ -1,8 +1,8 @@
 """What a family must say so that its layers can be run one at a time from a store.
 
-Enters: a Hugging Face config (as the dict in `store.json`). Leaves: the library's own modules on the meta device (shapes
-without weights: the caller fills or replaces every parameter) and, for a pass over a batch, the `LayerContext` that all
-layers share. B sequences, T positions padded on the right, D hidden. A family holds no weights and no state.
+Enters: a Hugging Face config (as the dict in `store.json`). Leaves: the library's own modules on the meta device
+(shapes without weights: the caller fills or replaces every parameter) and, for a pass over a batch, the `LayerContext`
+that all layers share. B sequences, T positions padded on the right, D hidden. A family holds no weights and no state.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_engine.errors import InvalidArgument, UnsupportedModel
-from chainfed_engine.types import Batch, ModelShape
+from chainfed_engine.types import Batch
 
 Pooling = Literal["mean", "first", "last"]
 Config = Any  # transformers' PreTrainedConfig of the family
@@ -34,6 +34,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]
     config_class: ClassVar[type[Any]]
+    required: ClassVar[Mapping[str, object]]  # config values without which the modules would run as another model
     lora_targets: ClassVar[tuple[str, ...]]  # query and value projection, relative to the layer
     pooling: ClassVar[Pooling]  # what the family's own sequence classifier reads
     transform_activation: ClassVar[Literal["tanh", "relu"] | None]  # of the classifier's transform; None: no transform
@@ -42,17 +43,15 @@ class Family(ABC):
         """The library's config of `values`, set to scaled-dot-product attention. Raises UnsupportedModel."""
         if values.get("model_type", self.model_type) != self.model_type:
             raise UnsupportedModel(f"config: expected model_type {self.model_type!r}, got {values['model_type']!r}")
-        self.check(values)
+        for key, value in self.required.items():
+            if values.get(key, value) != value:
+                raise UnsupportedModel(
+                    f"{self.model_type} with {key} = {values[key]!r}: the engine runs {value!r} alone"
+                )
         config = self.config_class(**{key: value for key, value in values.items() if key != "model_type"})
         config._attn_implementation = "sdpa"
         config.chunk_size_feed_forward = 0  # a way to save memory that demands lengths divisible by it
         return config
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        """Raise UnsupportedModel for a variant that the family's modules would silently run as another model."""
-
-    @abstractmethod
-    def shape(self, config: Config) -> ModelShape: ...
 
     @abstractmethod
     def layer(self, config: Config, index: int) -> nn.Module: ...
@@ -62,7 +61,7 @@ class Family(ABC):
         """The module that turns word rows into the first layer's input; it has no word table."""
 
     @abstractmethod
-    def embed(self, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
+    def embed(self, config: Config, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
         """Word rows [B,T,D] of `batch.input_ids` -> the first layer's input [B,T,D]."""
 
     @abstractmethod
@@ -73,7 +72,8 @@ class Family(ABC):
         """The key of layer `index` in `LayerContext.masks`."""
 
     @abstractmethod
-    def context(self, config: Config, batch: Batch, hidden: Tensor) -> LayerContext: ...
+    def context(self, config: Config, tokens: Tensor) -> LayerContext:
+        """What the layers share in a pass; `tokens`: bool [B,T], True = token, as `checked_mask` gives it."""
 
 
 def without_weights(build: Any) -> nn.Module:

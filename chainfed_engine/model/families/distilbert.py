@@ -19,14 +19,11 @@ class DistilBert(EncoderFamily):
     lora_targets = ("attention.q_lin", "attention.v_lin")
     transform_activation: ClassVar[Literal["tanh", "relu"] | None] = "relu"
 
-    def intermediate_size(self, config: Config) -> int:
-        return int(config.hidden_dim)
-
     def layer(self, config: Config, index: int) -> nn.Module:
         return without_weights(lambda: TransformerBlock(config))
 
-    def embed(self, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
-        positions = self.position_ids(module.config, batch.input_ids)
+    def embed(self, config: Config, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
+        positions = self.position_ids(config, batch.input_ids)
         hidden: Tensor = module(input_ids=None, inputs_embeds=words, position_ids=positions)
         return hidden
 

@@ -5,14 +5,14 @@ every token, so that the shared mask is one bool a key position, [B,1,1,T], or N
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from chainfed_engine.errors import UnsupportedModel
-from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, checked_mask, without_weights
-from chainfed_engine.types import Batch, ModelShape
+from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, without_weights
+from chainfed_engine.types import Batch
 
 
 class EncoderFamily(Family):
@@ -20,39 +20,11 @@ class EncoderFamily(Family):
 
     layer_class: ClassVar[type[nn.Module]]
     embeddings_class: ClassVar[type[nn.Module]]
+    required: ClassVar[Mapping[str, object]] = MappingProxyType(
+        {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+    )
     pooling: ClassVar[Pooling] = "first"
     transform_activation: ClassVar[Literal["tanh", "relu"] | None] = "tanh"
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        for key, wanted in (("is_decoder", False), ("add_cross_attention", False)):
-            if values.get(key, wanted) != wanted:
-                raise UnsupportedModel(f"{self.model_type} with {key} = {values[key]}: expected an encoder")
-        if values.get("position_embedding_type", "absolute") != "absolute":
-            raise UnsupportedModel(
-                f"{self.model_type} with position_embedding_type {values['position_embedding_type']!r}: expected "
-                "'absolute'; use a checkpoint with learned absolute positions"
-            )
-
-    def shape(self, config: Config) -> ModelShape:
-        heads = int(config.num_attention_heads)
-        return ModelShape(
-            architecture=self.model_type,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=self.intermediate_size(config),
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=config.hidden_size // heads,
-            vocab_size=config.vocab_size,
-            max_positions=config.max_position_embeddings - self.first_position(config),
-        )
-
-    def intermediate_size(self, config: Config) -> int:
-        return int(config.intermediate_size)
-
-    def first_position(self, config: Config) -> int:
-        """Row of the position table that the first token reads."""
-        return 0
 
     def position_ids(self, config: Config, input_ids: Tensor) -> Tensor:
         """int64 [1,T] or [B,T]."""
@@ -63,16 +35,15 @@ class EncoderFamily(Family):
 
     def embeddings(self, config: Config) -> nn.Module:
         module = without_weights(lambda: self.embeddings_class(config))
-        module.config = config
         del module.word_embeddings
         # Default ids, read only when the caller gives none; ours are always explicit, and meta buffers hold no values.
         for name in [name for name, _ in module.named_buffers()]:
             delattr(module, name)
         return module
 
-    def embed(self, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
+    def embed(self, config: Config, module: nn.Module, words: Tensor, batch: Batch) -> Tensor:
         types = batch.token_type_ids if batch.token_type_ids is not None else torch.zeros_like(batch.input_ids)
-        positions = self.position_ids(module.config, batch.input_ids)
+        positions = self.position_ids(config, batch.input_ids)
         hidden: Tensor = module(inputs_embeds=words, position_ids=positions, token_type_ids=types)
         return hidden
 
@@ -82,7 +53,6 @@ class EncoderFamily(Family):
     def attention_kind(self, config: Config, index: int) -> str:
         return "full_attention"
 
-    def context(self, config: Config, batch: Batch, hidden: Tensor) -> LayerContext:
-        tokens = checked_mask(batch, self.shape(config).max_positions)
+    def context(self, config: Config, tokens: Tensor) -> LayerContext:
         mask = None if bool(tokens.all()) else tokens[:, None, None, :]
         return LayerContext({"full_attention": mask}, rotary=None)

@@ -1,5 +1,7 @@
 """RoBERTa: BERT's layer; positions count from padding_idx + 1 and skip padding tokens."""
 
+from typing import cast
+
 from torch import Tensor
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer
@@ -15,12 +17,9 @@ class Roberta(EncoderFamily):
     embeddings_class = RobertaEmbeddings
     lora_targets = ("attention.self.query", "attention.self.value")
 
-    def first_position(self, config: Config) -> int:
-        return int(config.pad_token_id) + 1
-
     def position_ids(self, config: Config, input_ids: Tensor) -> Tensor:
-        ids: Tensor = RobertaEmbeddings.create_position_ids_from_input_ids(input_ids, config.pad_token_id)
-        return ids
+        ids = RobertaEmbeddings.create_position_ids_from_input_ids(input_ids, config.pad_token_id)  # type: ignore[no-untyped-call]
+        return cast("Tensor", ids)
 
 
 FAMILY = Roberta()

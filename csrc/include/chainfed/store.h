@@ -23,9 +23,9 @@ namespace chainfed {
 struct TensorEntry {
   std::string name;
   BlockFormat format;
-  int64_t num_rows, num_cols;               // small tensors (biases, norms): format f32, num_rows 1
-  int64_t codes_offset, codes_bytes;        // from the start of the file
-  int64_t scales_offset, scales_bytes;      // 0, 0 when the format has none
+  int64_t num_rows, num_cols;           // small tensors (biases, norms): format f32, num_rows 1
+  int64_t codes_offset, codes_bytes;    // from the start of the file
+  int64_t scales_offset, scales_bytes;  // 0, 0 when the format has none
 };
 struct FileEntry {
   std::string path;
@@ -57,7 +57,7 @@ class Lease {
   MatrixView matrix(const std::string& name) const;  // throws InvalidArgument naming what exists
   std::vector<std::string> names() const;            // in the order of the index
   bool valid() const;
-  void release();                                    // a second call does nothing
+  void release();  // a second call does nothing
   // Keep the slot pinned until the result is destroyed even if release() comes first: hold it around a kernel that
   // runs while another thread may release. Throws InvalidArgument after release().
   std::shared_ptr<const Lease> pin() const;
@@ -72,17 +72,19 @@ class StoreReader {
   // num_slots >= 1 buffers of max(file_bytes) rounded up to 4096. Slots are allocated on first use.
   StoreReader(std::vector<FileEntry> files, int num_slots, bool direct);
   StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, const FileOpener& open_file);
-  ~StoreReader();                            // waits for the request in flight (at most 8 MiB)
+  ~StoreReader();  // waits for the request in flight (at most 8 MiB)
   StoreReader(const StoreReader&) = delete;
   StoreReader& operator=(const StoreReader&) = delete;
-  void prefetch(int file);                   // returns at once; a no-op when resident, queued or no slot is free
-  std::shared_ptr<Lease> acquire(int file);  // waits for the read; throws its error, the next call reads again
+  void prefetch(int file);                       // returns at once; a no-op when resident, queued or no slot is free
+  std::shared_ptr<Lease> acquire(int file);      // waits for the read; throws its error, the next call reads again
   std::shared_ptr<Lease> try_acquire(int file);  // null unless the file is resident: never waits for a read
   // Read the given rows of one tensor straight from disk, without a slot: the embedding lookup.
   void gather_rows_from_disk(int file, const std::string& name, const int64_t* row_ids, int64_t num_ids, float* out);
+  // The index's entry; throws InvalidArgument naming what the file holds.
+  const TensorEntry& tensor(int file, const std::string& name) const;
   ReaderStats stats() const;
   int64_t slot_bytes() const;
-  bool direct() const;                       // every file is read past the page cache
+  bool direct() const;  // every file is read past the page cache
 
  private:
   struct Impl;
