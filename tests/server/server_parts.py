@@ -1,7 +1,7 @@
 """Small models, servers and replies that the server's tests share."""
 
-from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -65,13 +65,21 @@ class Site:
         return Reply("train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0})
 
 
-def play(server: Server, *, rounds: int | None = None) -> list[Summary]:
+def play(server: Server, *, rounds: int | None = None, site: Site | None = None) -> list[Summary]:
     """Run up to `rounds` rounds with honest clients."""
-    site = Site(server.client_samples)
+    site = site or _site_of(server)
     summaries: list[Summary] = []
     while not server.done and (rounds is None or len(summaries) < rounds):
         summaries.append(server.receive([site.answer(task) for task in server.next_tasks()]))
     return summaries
+
+
+def _site_of(server: Server) -> Site:
+    """One site a server: what it was sent in an earlier call is still held."""
+    return _SITES.setdefault(server, Site(server.client_samples))
+
+
+_SITES: "WeakKeyDictionary[Server, Site]" = WeakKeyDictionary()
 
 
 def same_bits(a: Arrays, b: Arrays) -> bool:
@@ -80,7 +88,3 @@ def same_bits(a: Arrays, b: Arrays) -> bool:
 
 def changed_keys(before: Arrays, after: Arrays) -> set[str]:
     return {key for key in before if before[key].tobytes() != after[key].tobytes()}
-
-
-def by_name(replies: Iterable[Reply]) -> dict[str, Reply]:
-    return {reply.client: reply for reply in replies}
