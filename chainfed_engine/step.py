@@ -54,14 +54,12 @@ class StageTrainer:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
             classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
-                classifier.pooling, classifier.pool, model.final_norm, classifier.logits
+                classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
         else:
             self.readout = CausalReadout(model.final_norm, model.head)
         self.adapters: dict[int, Adapter] = {
-            layer: build_adapter(
-                config.adapter, model.family, model.shape, layer=layer, size=config.adapter_size, seed=config.seed
-            )
+            layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
             for layer in range(model.num_layers)
         }
         self.parameters = Parameters(self.adapters, classifier)

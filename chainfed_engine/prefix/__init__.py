@@ -87,7 +87,7 @@ class Prefix:
             tokens = tokens[rows]
         records = torch.empty(len(rows), self.record_bytes, dtype=torch.uint8)
         adapter = self.adapters[layer]
-        fused: Any = adapter.tensors() if is_active(adapter) else None
+        fused = bottleneck_tensors(adapter) if is_active(adapter) else None
         native.boundary_encode(tokens.contiguous(), adapter=fused, cache_format=self.cache_format, out=records)
         return lengths, records
 
@@ -100,6 +100,13 @@ def inside(adapter: Adapter) -> Adapter | None:
 def is_active(adapter: Adapter) -> bool:
     """Whether it is a bottleneck that changes its input: an untrained one is the identity and is left out."""
     return isinstance(adapter, Bottleneck) and adapter.is_trained
+
+
+def bottleneck_tensors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """down_weight, down_bias, up_weight, up_bias, as the native encoder takes them."""
+    assert isinstance(adapter, Bottleneck)
+    tensors = (adapter.down_weight, adapter.down_bias, adapter.up_weight, adapter.up_bias)
+    return tensors[0].detach(), tensors[1].detach(), tensors[2].detach(), tensors[3].detach()
 
 
 def token_rows(batch: Batch) -> tuple[Tensor, list[int]]:
