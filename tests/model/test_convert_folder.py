@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.model.convert_cases import CASES, HEAD_NAMES, head_rows, save_checkpoint, stored
 
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError, UnsupportedModel
 from chainfed_engine.model.convert import convert
 from chainfed_engine.model.format import StoreInfo
+from tests.model.convert_cases import CASES, HEAD_NAMES, head_rows, save_checkpoint, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the store has no tokenizer.*:UserWarning")
 
@@ -174,7 +174,9 @@ def test_the_real_minilm_converts_with_pooling_and_tokenizer(tmp_path: Path) -> 
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
     ],
 )
-def test_pooling_comes_from_sentence_transformers(content: dict[str, object], pooling: str | None, tmp_path: Path) -> None:
+def test_pooling_comes_from_sentence_transformers(
+    content: dict[str, object], pooling: str | None, tmp_path: Path
+) -> None:
     save_checkpoint("bert", tmp_path / "model")
     (tmp_path / "model" / "1_Pooling").mkdir()
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps(content))
@@ -187,7 +189,9 @@ def test_a_hub_id_that_is_not_in_the_cache_is_one_clear_error_offline(
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(StorageError, match="neither a folder, a .gguf file, nor a model in the local Hugging Face cache"):
+    with pytest.raises(
+        StorageError, match=r"neither a folder, a \.gguf file, nor a model in the local Hugging Face cache"
+    ):
         convert("nobody/no-such-model", tmp_path / "store")
 
 
@@ -199,7 +203,7 @@ def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path: Path) -> No
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(StorageError, match="model.safetensors"):
+    with pytest.raises(StorageError, match=r"model\.safetensors"):
         convert(folder, tmp_path / "store")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(UnsupportedModel, match="pickles"):
