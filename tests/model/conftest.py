@@ -118,4 +118,4 @@ def streamed(model: FrozenModel, batch: Batch) -> torch.Tensor:
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
+    return float((got - wanted).detach().norm() / wanted.detach().norm())
