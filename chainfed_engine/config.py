@@ -56,7 +56,8 @@ class ChainConfig:
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
-    stand_in_ridge: float = _in("chain", 0.01, above=True, high=1e6)  # relative to the mean diagonal of X'X
+    # relative to the mean squared column; None: by cross-validation
+    stand_in_ridge: float | None = _in("chain", None, above=True, high=1e6, none="auto")
 
     method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
     lr: float = _in("train", 1e-3, above=True, high=10)

@@ -29,7 +29,7 @@ Role = Literal["embedding", "layer", "head"]
 Pooling = Literal["mean", "first", "last"]
 _MAX_JSON_BYTES = 16_000_000
 _HASH_BLOCK_BYTES = 1 << 20
-_KEYS = {
+_KEYS: dict[str, type | tuple[type, ...]] = {
     "format": str,
     "version": int,
     "architecture": str,
@@ -175,7 +175,7 @@ class StoreInfo:
         return sum(file.file_bytes for file in self.files)
 
     def verify(self) -> None:
-        """Compare the sha256 of every file with store.json, streamed. Raises CorruptFile naming the first that differs."""
+        """Compare the sha256 of every file with store.json, streamed. CorruptFile names the first that differs."""
         expected = [(file.path, file.sha256) for file in self.files]
         expected += [(self.path / TOKENIZER_FOLDER / file.name, file.sha256) for file in self.tokenizer_files]
         for path, sha256 in expected:

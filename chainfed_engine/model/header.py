@@ -41,7 +41,7 @@ class Header:
 
 
 def open_regular(path: Path) -> int:
-    """A read-only descriptor. StorageError when the file is missing, unreadable, or no regular file (a pipe would block)."""
+    """A read-only descriptor. StorageError when missing, unreadable, or no regular file (a pipe would block)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:

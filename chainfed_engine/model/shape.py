@@ -1,4 +1,4 @@
-"""`ModelShape` from a Hugging Face config dict: sizes only, no transformers, no torch. Configs come from disk: hostile."""
+"""`ModelShape` from a Hugging Face config dict: sizes only, no transformers, no torch. Configs are hostile."""
 
 from typing import Any
 

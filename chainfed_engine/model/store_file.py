@@ -138,7 +138,9 @@ def _validated(header: Header, path: Path) -> Iterator[TensorEntry]:
     for name, tensor in remaining.items():
         block_format = _FLOAT_FORMATS.get(tensor.dtype)
         if block_format is None or len(tensor.shape) not in (1, 2) or 0 in tensor.shape:
-            raise CorruptFile(f"{path}: tensor {name[:200]!r}: {tensor.dtype[:20]} {tensor.shape} is not part of a store")
+            raise CorruptFile(
+                f"{path}: tensor {name[:200]!r}: {tensor.dtype[:20]} {tensor.shape} is not part of a store"
+            )
         rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
         yield TensorEntry(name, block_format, rows, tensor.shape[-1], tensor.offset, tensor.num_bytes, 0, 0)
 
@@ -159,6 +161,8 @@ def _quantised_entry(name: str, size: Any, remaining: dict[str, RawTensor], path
     found = (codes.dtype, codes.shape, scales.dtype, scales.shape)
     expected = (layout.codes_dtype, layout.codes_shape, layout.scales_dtype, layout.scales_shape)
     if found != expected:
-        raise CorruptFile(f"{where}: arrays {str(found)[:200]} do not hold {block_format} [{size[1]}, {size[2]}]: {expected}")
+        raise CorruptFile(
+            f"{where}: arrays {str(found)[:200]} do not hold {block_format} [{size[1]}, {size[2]}]: {expected}"
+        )
     sizes = codes.offset, codes.num_bytes, scales.offset, scales.num_bytes
     return TensorEntry(name, block_format, size[1], size[2], *sizes)
