@@ -54,14 +54,16 @@ class StageTrainer:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
             classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
-                classifier.pooling, classifier.pool, model.final_norm, classifier.logits
+                classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
         else:
+            if model.head is None:
+                raise InvalidArgument(
+                    f"task: {model.shape.architecture} has no LM head; give labels for classification"
+                )
             self.readout = CausalReadout(model.final_norm, model.head)
         self.adapters: dict[int, Adapter] = {
-            layer: build_adapter(
-                config.adapter, model.family, model.shape, layer=layer, size=config.adapter_size, seed=config.seed
-            )
+            layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
             for layer in range(model.num_layers)
         }
         self.parameters = Parameters(self.adapters, classifier)
@@ -114,7 +116,9 @@ class StageTrainer:
             total += float(loss.detach())
         if not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLoss(f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})")
+            raise NonFiniteLoss(
+                f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
@@ -164,7 +168,7 @@ class StageTrainer:
 
     @property
     def normalise(self) -> bool:
-        """Whether rows are taken at unit length for the stand-in: pre-norm models, whose head ignores a row's length."""
+        """Whether the stand-in takes rows at unit length: pre-norm models, whose head ignores a row's length."""
         return self.model.is_pre_norm
 
     def _objective(self, arrays: Arrays) -> Objective:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chainfed_engine.adapters import Adapter, Bottleneck
+from chainfed_engine.adapters import Adapter
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.types import Window
 
@@ -37,8 +37,5 @@ class TrainedWindow(nn.Module):
 
 
 def _adapted(layer: Any, adapter: nn.Module, hidden: Tensor, context: Any) -> Tensor:
-    if isinstance(adapter, Bottleneck):
-        output: Tensor = adapter(layer(hidden, context))
-        return output
-    result: Tensor = layer(hidden, context, adapter)
-    return result
+    output: Tensor = layer(hidden, context, adapter)
+    return output

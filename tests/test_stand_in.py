@@ -17,8 +17,8 @@ def _rows(n: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def _apply(solved: dict[str, np.ndarray], depth: int, x: np.ndarray) -> np.ndarray:
     bias = solved[f"stand_in.{depth}.bias"]
     if f"stand_in.{depth}.weight" in solved:
-        return x + x @ solved[f"stand_in.{depth}.weight"].T + bias
-    return x + x @ solved[f"stand_in.{depth}.in_weight"].T @ solved[f"stand_in.{depth}.out_weight"].T + bias
+        return x @ solved[f"stand_in.{depth}.weight"].T + bias
+    return x @ solved[f"stand_in.{depth}.in_weight"].T @ solved[f"stand_in.{depth}.out_weight"].T + bias
 
 
 @pytest.mark.parametrize("n", [5, 12, 40, 400])
@@ -28,11 +28,26 @@ def test_merged_factors_give_the_ridge_solution_of_the_pooled_rows(n: int) -> No
     split = n // 3
     parts = [stand_in.statistics(2, x[:split], y[:split]), stand_in.statistics(2, x[split:], y[split:])]
     solved = stand_in.solve(stand_in.merge(parts), ridge=0.01)
-    xc, rc = x - x.mean(0), (y - x) - (y - x).mean(0)
+    xc, yc = x - x.mean(0), y - y.mean(0)
     penalty = 0.01 * (xc**2).sum() / width
-    weight = np.linalg.solve(xc.T @ xc + penalty * np.eye(width), xc.T @ rc)
-    expected = x + xc @ weight + (y - x).mean(0)
+    weight = np.linalg.solve(xc.T @ xc + penalty * np.eye(width), xc.T @ yc)
+    expected = xc @ weight + y.mean(0)
     np.testing.assert_allclose(_apply(solved, 2, x), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_cross_validation_shrinks_more_when_rows_are_few_and_noisy() -> None:
+    rng = np.random.default_rng(3)
+    width, noise = 20, 3.0
+    weight = rng.normal(size=(width, width))
+
+    def held_out_error(n: int, ridge: float | None) -> float:
+        x, x_new = rng.normal(size=(n, width)), rng.normal(size=(2000, width))
+        y = x @ weight + noise * rng.normal(size=(n, width)) * np.sqrt(width)
+        solved = stand_in.solve(stand_in.merge([stand_in.statistics(1, x, y)]), ridge=ridge)
+        return float(((_apply(solved, 1, x_new) - x_new @ weight) ** 2).mean())
+
+    assert held_out_error(30, None) < 0.5 * held_out_error(30, 1e-4)
+    assert held_out_error(5000, None) < 1.1 * held_out_error(5000, 1e-4)
 
 
 def test_few_rows_of_a_wide_model_are_kept_as_two_thin_factors() -> None:

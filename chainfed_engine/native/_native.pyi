@@ -23,7 +23,9 @@ class Matrix:
     """A frozen matrix [num_rows, num_cols]; keeps its arrays or its lease alive; raises after the lease's release."""
 
     @staticmethod
-    def from_arrays(codes: Array, scales: Array | None, *, block_format: str, num_rows: int, num_cols: int) -> Matrix: ...
+    def from_arrays(
+        codes: Array, scales: Array | None, *, block_format: str, num_rows: int, num_cols: int
+    ) -> Matrix: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -54,6 +56,8 @@ class StoreReader:
     def gather_rows(self, file: int, name: str, row_ids: Array, *, out: Array) -> None: ...  # i64 [M] -> f32 [M, K]
     def stats(self) -> dict[str, int]: ...  # bytes_read, stall_ns, read_ns, hits, misses, resident_bytes
     def slot_bytes(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...  # every file is read past the page cache
     def close(self) -> None: ...
 
 def codes_bytes(block_format: str, num_rows: int, num_cols: int) -> int: ...
@@ -98,7 +102,8 @@ def record_bytes(cache_format: str, hidden_size: int) -> int: ...
 def boundary_encode(
     hidden: Array,  # f32 [T, D]
     *,
-    adapter: tuple[Array, Array, Array, Array] | None,  # down_weight [R, D], down_bias [R], up_weight [D, R], up_bias [D]
+    adapter: tuple[Array, Array, Array, Array]
+    | None,  # down_weight [R, D], down_bias [R], up_weight [D, R], up_bias [D]
     cache_format: str,
     out: Array,  # u8 [T, record_bytes]
 ) -> None: ...

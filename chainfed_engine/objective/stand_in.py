@@ -16,7 +16,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 class StandIn:
-    """y = x + W x + b with the arrays of `chainfed_engine.stand_in.solve` for one depth; no gradient to W or b."""
+    """y = W x + b with the arrays of `chainfed_engine.stand_in.solve` for one depth; no gradient to W or b."""
 
     def __init__(self, arrays: Arrays, depth: int, *, normalise: bool) -> None:
         self.normalise = normalise
@@ -30,7 +30,6 @@ class StandIn:
 
     def __call__(self, rows: Tensor) -> Tensor:
         rows = unit_rows(rows) if self.normalise else rows
-        change = rows
         for factor in self.factors:
-            change = change @ factor.T.to(rows.dtype)
-        return rows + change + self.bias.to(rows.dtype)
+            rows = rows @ factor.T.to(rows.dtype)
+        return rows + self.bias.to(rows.dtype)

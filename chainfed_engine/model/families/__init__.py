@@ -1,8 +1,8 @@
 """The architectures the engine runs, one short file each, behind two functions.
 
-`locate(model_type, name)` says where a checkpoint's tensor goes in a layer store (no torch needed); `family(model_type)`
-gives the `Family`: how to build a layer, the embeddings and what the layers of a pass share. `model_type` is the
-`model_type` of a Hugging Face config. A family's modelling code is imported when `family` is first called for it.
+`locate(model_type, name)` says where a checkpoint's tensor goes in a layer store (no torch needed);
+`family(model_type)` gives the `Family`: how to build a layer, the embeddings and what the layers of a pass share.
+`model_type` is that of a Hugging Face config. A family's modelling code is imported when `family` is first called.
 """
 
 from functools import cache

@@ -14,7 +14,7 @@ Role = Literal["layer", "embedding", "head", "skip"]
 
 @dataclass(frozen=True)
 class Location:
-    """`layer` is an index for role "layer", else None; `name` is "" for role "skip" (a tensor the engine has no use for)."""
+    """`layer`: an index for role "layer", else None. Role "skip": a tensor the engine has no use for; `name` is ""."""
 
     role: Role
     layer: int | None
@@ -23,7 +23,7 @@ class Location:
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of one architecture. `layer_modules` hold `.weight` or `.bias`; `others` maps full names (without prefix)."""
+    """The names of one architecture, without the prefix. `layer_modules` have a `.weight` and may have a `.bias`."""
 
     prefix: str  # of the base model inside a model with a head, with the dot
     layers: str  # path of the list of layers
