@@ -65,7 +65,12 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores))
     else:
-        print("  ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items()))
+        print(
+            "  ".join(
+                f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in scores.items()
+            )
+        )
     return 0
 
 
@@ -80,5 +85,3 @@ def doctor(options: argparse.Namespace) -> int:
 def _folder_size(folder: str) -> str:
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return f"{format_size(sum(path.stat().st_size for path in files))} in {len(files)} files"
-
-

@@ -23,7 +23,9 @@ class Matrix:
     """A frozen matrix [num_rows, num_cols]; keeps its arrays or its lease alive; raises after the lease's release."""
 
     @staticmethod
-    def from_arrays(codes: Array, scales: Array | None, *, block_format: str, num_rows: int, num_cols: int) -> Matrix: ...
+    def from_arrays(
+        codes: Array, scales: Array | None, *, block_format: str, num_rows: int, num_cols: int
+    ) -> Matrix: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -100,7 +102,8 @@ def record_bytes(cache_format: str, hidden_size: int) -> int: ...
 def boundary_encode(
     hidden: Array,  # f32 [T, D]
     *,
-    adapter: tuple[Array, Array, Array, Array] | None,  # down_weight [R, D], down_bias [R], up_weight [D, R], up_bias [D]
+    adapter: tuple[Array, Array, Array, Array]
+    | None,  # down_weight [R, D], down_bias [R], up_weight [D, R], up_bias [D]
     cache_format: str,
     out: Array,  # u8 [T, record_bytes]
 ) -> None: ...
