@@ -31,7 +31,13 @@ def synth(options: argparse.Namespace) -> int:
     from chainfed_engine.model.synth import synth as synthesise
 
     with byte_progress("synth") as progress:
-        synthesise(options.shape, options.destination, block_format=options.format, progress=progress)
+        synthesise(
+            options.shape,
+            options.destination,
+            block_format=options.format,
+            head_format=options.head_format,
+            progress=progress,
+        )
     print(f"{options.destination}: {_folder_size(options.destination)}, random layers in {options.format}")
     return 0
 

@@ -159,15 +159,15 @@ def test_convert_and_synth_pass_formats_on(
         Path(destination).mkdir()
         Path(destination, "layer-0000.safetensors").write_bytes(bytes(2048))
 
-    def synth(shape: str, destination: str, *, block_format: str, progress: Any) -> None:
-        calls.append((shape, destination, block_format))
+    def synth(shape: str, destination: str, *, block_format: str, head_format: str | None, progress: Any) -> None:
+        calls.append((shape, destination, block_format, head_format))
 
     monkeypatch.setitem(sys.modules, "chainfed_engine.model.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "chainfed_engine.model.synth", SimpleNamespace(synth=synth))  # type: ignore[arg-type]
     store = str(tmp_path / "store")
     assert main(["convert", "model", store, "--head-format", "int8"]) == 0
     assert main(["synth", "--shape", "bert-large", store, "--format", "nf4"]) == 0
-    assert calls == [("model", store, "int4", "int8"), ("bert-large", store, "nf4")]
+    assert calls == [("model", store, "int4", "int8"), ("bert-large", store, "nf4", None)]
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0] == f"{store}: 2.0 KiB in 1 files, layers in int4"
     assert shown.err == "convert 50%  512 B of 1.0 KiB  layer-0000.safetensors\n"
