@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
     with RunProgress(budget_bytes=config.chain.budget) as progress:
+        progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
         api.run(config, out, resume=options.resume, on_event=progress)

@@ -99,7 +99,7 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of layers (default: int4)")
-    parser.add_argument("--head-format", choices=BLOCK_FORMATS, help="of embeddings and head (default: int8, or as --format)")
+    parser.add_argument("--head-format", choices=BLOCK_FORMATS, help="of embeddings and head")
 
 
 def _size(text: str) -> int:

@@ -30,7 +30,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def run(config: RunConfig, out: Path, *, resume: bool, on_event: Any) -> None:
         calls.append(("run", config, out, resume))
-        on_event({"event": "phase", "name": "profile", "total": 2})
+        on_event({"event": "profile", "round": -1, "start_layer": 2, "cka": []})
         on_event({"event": "round", "round": 0, "rounds": 2, "window": [2, 4], "loss": 0.5})
         on_event({"event": "memory", "peak_rss_bytes": 100 << 20})
         on_event({"event": "eval", "accuracy": 0.75})
@@ -113,9 +113,9 @@ def test_run_loads_the_file_with_overrides_and_reports_rounds(
     assert (out, resume) == (Path("out"), True)
     shown = capsys.readouterr()
     lines = shown.err.splitlines()
-    assert lines[0] == "profile (2)"
-    assert lines[1].startswith("round 1/2  layers 2-3  loss 0.5000  ") and lines[1].endswith(" of 512.0 MiB")
-    assert lines[2] == "eval  accuracy 0.7500"
+    assert lines[:2] == ["reading model and data", "start layer 2"]
+    assert lines[2].startswith("round 1/2  layers 2-3  loss 0.5000  ") and lines[2].endswith(" of 512.0 MiB")
+    assert lines[3] == "eval  accuracy 0.7500"
     assert shown.out == "out: accuracy 0.7500, peak 100.0 MiB of 512.0 MiB\n"
 
 
