@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from server_parts import HIDDEN, Site, make_server, play, same_bits
+from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
 from chainfed_engine import stand_in
 from chainfed_engine.errors import NonFiniteLoss

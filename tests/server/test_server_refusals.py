@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from server_parts import Site, make_server, play, same_bits
+from tests.server.server_parts import Site, make_server, play, same_bits
 
 from chainfed_engine.errors import InconsistentUpdates, NonFiniteLoss
 from chainfed_engine.server import MAX_REJECTED_IN_A_ROW, Server

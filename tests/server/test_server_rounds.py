@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from server_parts import Site, changed_keys, make_server, play, same_bits
+from tests.server.server_parts import Site, changed_keys, make_server, play, same_bits
 
 from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.server import Server

@@ -1,5 +1,5 @@
 import numpy as np
-from server_parts import Site, make_server, play
+from tests.server.server_parts import Site, make_server, play
 
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays
