@@ -94,8 +94,8 @@ class RunProgress:
 
 
 @contextmanager
-def byte_progress(name: str, stream: IO[str] | None = None) -> Iterator[Callable[[int, int, str], None]]:
-    """A callback (done_bytes, total_bytes, what) that draws a bar of bytes, or prints each tenth without a terminal."""
+def byte_progress(name: str, stream: IO[str] | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done_bytes, total_bytes) that draws a bar of bytes, or prints each tenth without a terminal."""
     stream = stream if stream is not None else sys.stderr
     if not stream.isatty():
         yield _PlainBytes(name, stream)
@@ -103,14 +103,14 @@ def byte_progress(name: str, stream: IO[str] | None = None) -> Iterator[Callable
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=stream)) as bar:
         task = bar.add_task(name, total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{name} {what}")
+        yield lambda what, done, total: bar.update(task, completed=done, total=total, description=f"{name} {what}")
 
 
 class _PlainBytes:
     def __init__(self, name: str, stream: IO[str]) -> None:
         self._name, self._stream, self._tenths = name, stream, -1
 
-    def __call__(self, done_bytes: int, total_bytes: int, what: str) -> None:
+    def __call__(self, what: str, done_bytes: int, total_bytes: int) -> None:
         tenths = 10 * done_bytes // max(1, total_bytes)
         if tenths > self._tenths:
             self._tenths = tenths
