@@ -19,7 +19,7 @@ def test_three_hundred_clients_in_one_round(tmp_path: Path) -> None:
 
 
 def test_two_hundred_rounds_over_two_hundred_clients_keep_memory_flat(tmp_path: Path) -> None:
-    chain = config(clients_per_round=20, rounds=200, eval_every=50, max_local_steps=1)
+    chain = config(clients_per_round=8, rounds=200, eval_every=50, max_local_steps=1)
     traced: list[int] = []
 
     def on_event(event: dict[str, Any]) -> None:
@@ -35,6 +35,20 @@ def test_two_hundred_rounds_over_two_hundred_clients_keep_memory_flat(tmp_path: 
     early, late = traced
     assert late - early < 256 * 1024, f"{late - early} bytes more after 140 rounds"
     assert len(list((tmp_path / "run" / "state").glob("state-*"))) == 2
+
+
+def test_clients_in_one_process_hold_no_more_than_the_current_parameters(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    transport = LocalTransport(clients(60, trainer))
+    chain = config(clients_per_round=3, rounds=80, stand_in=False, start_layer=0, eval_every=0)
+    server = server_of(chain, transport)
+    with RunDirectory(tmp_path / "run") as directory:
+        fit(server, transport, None, directory)
+    task = server.evaluation_task("anyone")
+    list(transport.exchange([]))
+    for client in transport._clients.values():
+        client.forget_outdated(task.versions)
+        assert all(array is task.arrays[key] for key, array in client._held._arrays.items())
 
 
 def test_the_server_costs_microseconds_a_client(tmp_path: Path) -> None:
