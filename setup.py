@@ -1,7 +1,8 @@
 """Builds the native module with CMake. Everything else about the package stands in pyproject.toml.
 
 `pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
-`native/__init__.py` (in the source tree for `pip install -e .`). Neither torch nor CUDA is needed to build.
+`native/__init__.py` (in the source tree for `pip install -e .`). CHAINFED_BUILD_DIR names a build folder to share with
+`cmake --build`. Neither torch nor CUDA is needed to build.
 """
 
 import os
@@ -19,7 +20,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         source_dir = Path(__file__).resolve().parent
         module_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_dir = Path(self.build_temp).resolve() / "cmake"
+        build_dir = Path(os.environ.get("CHAINFED_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

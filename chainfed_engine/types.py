@@ -62,7 +62,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """Server to client. `arrays` holds only what the client lacks; it keeps what it got before."""
+    """Server to client. `arrays` holds only what the client lacks; it keeps what it got before.
+
+    `versions`: fingerprint of every parameter the task needs, so that a client can tell what of its own still stands
+    and the stage sees exactly these. An adapter that is not named is untrained: the identity.
+    """
 
     kind: Literal["profile", "train", "evaluate"]
     client: str
@@ -70,6 +74,7 @@ class Task:
     stage: Stage | None
     arrays: Arrays = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@
 #include <initializer_list>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace chainfed::bind {
@@ -88,6 +89,8 @@ class Arguments {
   const Array& workspace(py::handle object, int64_t min_bytes);
   // Memory the call reads that is not an argument array (a Matrix), for check_aliases.
   void also_reads(const char* name, const void* data, int64_t num_bytes);
+  // Keeps something alive until the call is over.
+  void hold(std::shared_ptr<const void> held) { held_.push_back(std::move(held)); }
   // Throws when an output shares a byte with any other argument.
   void check_aliases() const;
   // Throws unless the indices are all in [0, limit).
@@ -111,6 +114,7 @@ class Arguments {
   const char* function_;
   std::deque<Array> arrays_;
   std::vector<Entry> entries_;
+  std::vector<std::shared_ptr<const void>> held_;
 };
 
 }  // namespace chainfed::bind

@@ -32,8 +32,8 @@ Storage storage_of(BlockFormat format, int64_t num_rows, int64_t num_cols) {
   throw InvalidArgument("unknown block format");
 }
 
-Matrix::Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, std::function<bool()> is_valid)
-    : keep_alive_(std::move(keep_alive)), view_(view), is_valid_(std::move(is_valid)) {}
+Matrix::Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin)
+    : keep_alive_(std::move(keep_alive)), view_(view), pin_(std::move(pin)) {}
 
 Matrix Matrix::from_arrays(py::handle codes, py::handle scales, const std::string& block_format, int64_t num_rows,
                            int64_t num_cols) {
@@ -57,19 +57,17 @@ Matrix Matrix::from_arrays(py::handle codes, py::handle scales, const std::strin
   return Matrix(std::move(kept), view);
 }
 
-const MatrixView& Matrix::view(const char* function) const {
-  if (is_valid_ && !is_valid_()) {
-    throw InvalidArgument(std::string(function) +
-                          ": matrix belongs to a lease that has been released; acquire it again");
-  }
-  return view_;
-}
-
 const MatrixView& Matrix::view(Arguments& args) const {
-  const MatrixView& checked = view(args.function());
-  args.also_reads("matrix", checked.codes, codes_bytes(checked.format, checked.num_rows, checked.num_cols));
-  args.also_reads("matrix", checked.scales, scales_bytes(checked.format, checked.num_rows, checked.num_cols));
-  return checked;
+  if (pin_) {
+    try {
+      args.hold(pin_());
+    } catch (const InvalidArgument& error) {
+      args.fail(error.what());
+    }
+  }
+  args.also_reads("matrix", view_.codes, codes_bytes(view_.format, view_.num_rows, view_.num_cols));
+  args.also_reads("matrix", view_.scales, scales_bytes(view_.format, view_.num_rows, view_.num_cols));
+  return view_;
 }
 
 }  // namespace chainfed::bind

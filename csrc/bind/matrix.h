@@ -23,14 +23,15 @@ Storage storage_of(BlockFormat format, int64_t num_rows, int64_t num_cols);
 
 class Matrix {
  public:
-  // keep_alive is dropped with the GIL held. is_valid may be empty: always valid.
-  Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, std::function<bool()> is_valid = {});
+  // Keeps the memory where it is until the result is dropped; throws InvalidArgument once it is gone.
+  using Pin = std::function<std::shared_ptr<const void>()>;
+  // keep_alive is dropped with the GIL held. An empty pin: always valid.
+  Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin = {});
   static Matrix from_arrays(py::handle codes, py::handle scales, const std::string& block_format, int64_t num_rows,
                             int64_t num_cols);
 
-  // The view for one call; throws InvalidArgument("function: ... released") after the lease's release.
-  const MatrixView& view(const char* function) const;
-  // The same, and its memory is entered into the call's alias check.
+  // The view for one call; throws InvalidArgument("function: ... released") after the lease's release. Its memory is
+  // entered into the call's alias check and stays pinned while `args` lives, whatever other threads release.
   const MatrixView& view(Arguments& args) const;
   // Shape and format outlive the lease.
   int64_t num_rows() const { return view_.num_rows; }
@@ -40,7 +41,7 @@ class Matrix {
  private:
   std::shared_ptr<void> keep_alive_;
   MatrixView view_;
-  std::function<bool()> is_valid_;
+  Pin pin_;
 };
 
 }  // namespace chainfed::bind

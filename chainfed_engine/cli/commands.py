@@ -1,0 +1,85 @@
+"""One function a command: parsed arguments in, exit code out, results on stdout, progress on stderr.
+
+Each imports what it needs when it runs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from chainfed_engine.sizes import format_size
+
+
+def convert(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import byte_progress
+    from chainfed_engine.model.convert import convert as convert_checkpoint
+
+    with byte_progress("convert") as progress:
+        convert_checkpoint(
+            options.source,
+            options.destination,
+            block_format=options.format,
+            head_format=options.head_format,
+            progress=progress,
+        )
+    print(f"{options.destination}: {_folder_size(options.destination)}, layers in {options.format}")
+    return 0
+
+
+def synth(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import byte_progress
+    from chainfed_engine.model.synth import synth as synthesise
+
+    with byte_progress("synth") as progress:
+        synthesise(options.shape, options.destination, block_format=options.format, progress=progress)
+    print(f"{options.destination}: {_folder_size(options.destination)}, random layers in {options.format}")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    from chainfed_engine import api
+
+    names = ("budget", "task", "sequence_length", "batch_size", "window")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    prediction = api.plan(options.store, **given)
+    print(json.dumps(prediction.to_json(), indent=2) if options.json else prediction.table())
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import RunProgress
+    from chainfed_engine.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    out = Path(options.out)
+    with RunProgress(budget_bytes=config.chain.budget) as progress:
+        from chainfed_engine import api  # seconds of imports, under the bar
+
+        api.run(config, out, resume=options.resume, on_event=progress)
+    print(f"{out}: {progress.summary()}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from chainfed_engine import api
+
+    scores = api.evaluate(Path(options.run), Path(options.data))
+    if options.json:
+        print(json.dumps(scores))
+    else:
+        shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in scores.values())
+        print("  ".join(f"{name} {value}" for name, value in zip(scores, shown, strict=True)))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.doctor import examine, render
+
+    report = examine(disk=options.disk)
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0 if report["verdict"]["ok"] else 2
+
+
+def _folder_size(folder: str) -> str:
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return f"{format_size(sum(path.stat().st_size for path in files))} in {len(files)} files"

@@ -1,0 +1,115 @@
+"""Entry point of `chainfed`: reads the arguments, runs one command, turns errors into one line and an exit code.
+
+0: done. 2: a ChainfedError (printed as `chainfed: error: ...` on stderr) or wrong arguments. 130: interrupted. Anything
+else that escapes is a bug and keeps its traceback. Only the command that runs imports torch and the native core, so
+that `--help` and `--version` answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from chainfed_engine._version import __version__
+from chainfed_engine.cli import commands
+from chainfed_engine.errors import ChainfedError
+from chainfed_engine.sizes import parse_size
+
+BLOCK_FORMATS = ("int4", "nf4", "int8", "bf16", "f32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program with `arguments` (None: the process's own) and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except ChainfedError as error:
+        line = " ".join(str(error).split())
+        print(f"chainfed: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("chainfed: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`chainfed plan ... | head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chainfed", description="Fine-tune language models layer by layer under a hard memory budget."
+    )
+    parser.add_argument("--version", action="version", version=f"chainfed {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_store_commands(subparsers)
+    _add_run_commands(subparsers)
+    doctor = subparsers.add_parser("doctor", help="check this machine: versions, SIMD, kernels, memory and disk")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument("--disk", metavar="DIR", help="folder whose disk is measured (default: the temporary folder)")
+    doctor.set_defaults(command=commands.doctor)
+    return parser
+
+
+def _add_store_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = subparsers.add_parser("convert", help="a checkpoint (folder, hub id or GGUF file) into a layer store")
+    convert.add_argument("source", metavar="SRC", help="folder or hub id with safetensors, or a .gguf file")
+    convert.add_argument("destination", metavar="DST", help="folder of the store to write")
+    _add_format(convert)
+    convert.add_argument("--head-format", choices=BLOCK_FORMATS, help="format of embeddings and head")
+    convert.set_defaults(command=commands.convert)
+
+    synth = subparsers.add_parser("synth", help="a store of a given shape with random weights, for trials of memory")
+    synth.add_argument("--shape", required=True, metavar="NAME|CONFIG.json", help="such as llama-3.2-1b, bert-large")
+    synth.add_argument("destination", metavar="DST", help="folder of the store to write")
+    _add_format(synth)
+    synth.set_defaults(command=commands.synth)
+
+    plan = subparsers.add_parser("plan", help="predict the peak memory of a run; refuse what does not fit")
+    plan.add_argument("store", metavar="STORE")
+    plan.add_argument("--budget", required=True, type=_size, help="bytes, or text such as 512MiB, 1GB")
+    plan.add_argument("--task", choices=("classification", "causal-lm"), help="default: what the model is made for")
+    plan.add_argument("--sequence-length", type=_positive, metavar="TOKENS")
+    plan.add_argument("--batch-size", type=_positive, metavar="SEQUENCES")
+    plan.add_argument("--window", type=_positive, metavar="LAYERS")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(command=commands.plan)
+
+
+def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = subparsers.add_parser("run", help="the whole federation in this process")
+    run.add_argument("config", metavar="CONFIG.toml")
+    run.add_argument("--out", required=True, metavar="DIR", help="run directory to write")
+    run.add_argument("--resume", action="store_true", help="go on with a run that was cut off in DIR")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="TABLE.KEY=VALUE",
+        help="override the file, for example --set data.train=PATH (may be given again)",
+    )
+    run.set_defaults(command=commands.run)
+
+    evaluate = subparsers.add_parser("eval", help="accuracy or token loss of a run, under the same budget")
+    evaluate.add_argument("run", metavar="DIR", help="run directory")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(command=commands.evaluate)
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of layers (default: int4)")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,26 @@
+"""From files and Python records to batches of tokens: read, tokenise, partition, collate.
+
+read_table / as_table  ->  Table  ->  encode_classification / encode_causal  ->  EncodedData  ->  batches  ->  Batch
+                                `->  partition.*  ->  {client name: rows}
+"""
+
+from chainfed_engine.data.batches import batches, collate
+from chainfed_engine.data.encode import EncodedData, encode_causal, encode_classification
+from chainfed_engine.data.partition import by_column, dirichlet, iid
+from chainfed_engine.data.table import Table, as_table, read_table
+from chainfed_engine.data.tokenizer import Tokenizer
+
+__all__ = [
+    "EncodedData",
+    "Table",
+    "Tokenizer",
+    "as_table",
+    "batches",
+    "by_column",
+    "collate",
+    "dirichlet",
+    "encode_causal",
+    "encode_classification",
+    "iid",
+    "read_table",
+]

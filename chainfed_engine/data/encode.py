@@ -1,0 +1,131 @@
+"""Tables to tokens: `encode_classification` (one label a row) and `encode_causal` (loss on the response only).
+
+What leaves is an `EncodedData`: unpadded int32 arrays on the host, a stable id a sample, and which row of the table
+each sample came from, so that a partition of rows can be carried over.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chainfed_engine.data.table import Table
+from chainfed_engine.data.tokenizer import Ids, Tokenizer
+from chainfed_engine.errors import DataError
+from chainfed_engine.types import IGNORE_INDEX, TaskKind
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """N tokenised samples. `labels`: int64 [N] (classification) or one int32 array a sample, as long as its ids and
+    IGNORE_INDEX where no loss (causal LM). `rows` int64 [N]: row of the source table. `num_dropped`: rows of the table
+    that had no token left to learn from. `label_names`: text of label 0, 1, ... (classification)."""
+
+    input_ids: list[Ids]
+    labels: npt.NDArray[np.int64] | list[Ids]
+    sample_ids: list[str]
+    rows: npt.NDArray[np.int64]
+    label_names: tuple[str, ...] = ()
+    num_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def task(self) -> TaskKind:
+        return "classification" if isinstance(self.labels, np.ndarray) else "causal-lm"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.input_ids)
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "EncodedData":
+        """Samples (not table rows) `indices`, in that order; arrays are shared, not copied."""
+        picked = np.asarray(indices, dtype=np.int64)
+        labels: Any = self.labels[picked] if isinstance(self.labels, np.ndarray) else [self.labels[i] for i in picked]
+        return EncodedData(
+            input_ids=[self.input_ids[i] for i in picked],
+            labels=labels,
+            sample_ids=[self.sample_ids[i] for i in picked],
+            rows=self.rows[picked],
+            label_names=self.label_names,
+        )
+
+    def of_rows(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "EncodedData":
+        """The samples that came from the given table rows, in the order kept here; dropped rows are left out."""
+        return self.subset(np.flatnonzero(np.isin(self.rows, np.asarray(rows, dtype=np.int64))))
+
+
+def encode_classification(
+    table: Table, tokenizer: Tokenizer, *, text: str, label: str, labels: Sequence[str] | None, max_length: int
+) -> EncodedData:
+    """Tokenise `text`; `labels`: the label vocabulary (evaluation), None: sorted from the table (training).
+
+    Raises DataError for an unknown label or fewer than two labels.
+    """
+    names = table.names(label)
+    known = tuple(labels) if labels is not None else tuple(sorted(set(names)))
+    if len(known) < 2:
+        raise DataError(f"{table.source}: column {label!r}: expected at least two labels, got only {known[0]!r}")
+    codes = {name: code for code, name in enumerate(known)}
+    unknown = next((row for row, name in enumerate(names) if name not in codes), None)
+    if unknown is not None:
+        raise DataError(
+            f"{table.where(unknown)}: unknown label {names[unknown]!r}; the model was trained on "
+            f"{', '.join(map(repr, known[:32]))}{' ...' if len(known) > 32 else ''}"
+        )
+    targets = np.array([codes[name] for name in names], dtype=np.int64)
+    input_ids = list(tokenizer.encode(table.texts(text), max_length))
+    for row, ids in enumerate(input_ids):
+        if not len(ids):
+            raise DataError(f"{table.where(row)}: column {text!r} has no token of this tokenizer; drop such rows")
+    return EncodedData(
+        input_ids=input_ids,
+        labels=targets,
+        sample_ids=list(_sample_ids(input_ids, [targets[i : i + 1] for i in range(len(targets))])),
+        rows=np.arange(len(table), dtype=np.int64),
+        label_names=known,
+    )
+
+
+def encode_causal(table: Table, tokenizer: Tokenizer, *, prompt: str, response: str, max_length: int) -> EncodedData:
+    """Tokenise prompt and response as one sequence, labels IGNORE_INDEX on the prompt.
+
+    A row whose response is cut away entirely is dropped and counted. Raises DataError when none is left.
+    """
+    pairs = list(zip(table.texts(prompt), table.texts(response), strict=True))
+    input_ids: list[Ids] = []
+    labels: list[Ids] = []
+    rows: list[int] = []
+    for row, (ids, num_prompt) in enumerate(tokenizer.encode_pairs(pairs, max_length)):
+        # The label of position t is predicted from position t - 1: the first token never carries loss.
+        num_prompt = max(num_prompt, 1)
+        if num_prompt >= len(ids):
+            continue
+        target = ids.copy()
+        target[:num_prompt] = IGNORE_INDEX
+        input_ids.append(ids)
+        labels.append(target)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{table.source}: no response is left within {max_length} tokens; raise sequence_length")
+    return EncodedData(
+        input_ids=input_ids,
+        labels=labels,
+        sample_ids=list(_sample_ids(input_ids, labels)),
+        rows=np.array(rows, dtype=np.int64),
+        num_dropped=len(table) - len(rows),
+    )
+
+
+def _sample_ids(input_ids: Sequence[Ids], labels: Sequence[npt.NDArray[Any]]) -> Iterator[str]:
+    """First 16 hex digits of sha256(tokens, labels), and how many equal samples came before: unique and stable."""
+    seen: Counter[str] = Counter()
+    for ids, target in zip(input_ids, labels, strict=True):
+        digest = hashlib.sha256(ids.astype("<i4").tobytes() + b"|" + target.astype("<i8").tobytes()).hexdigest()[:16]
+        yield f"{digest}-{seen[digest]}"
+        seen[digest] += 1

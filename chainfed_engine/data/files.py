@@ -1,0 +1,119 @@
+"""Rows of a data file, one at a time: `open_rows(path, columns)` yields (line number, {column: value}).
+
+CSV and TSV values are text; JSONL and Parquet values are what the file says. Bytes are not trusted: encoding, quoting,
+ragged rows, duplicate columns, bad JSON and truncated archives raise DataError with the line number.
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from chainfed_engine.errors import DataError
+
+Row = tuple[int | None, dict[str, Any]]
+Reader = Callable[[Path, IO[str]], Iterator[Row]]
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MAX_CELL_CHARS = 1 << 24  # one CSV cell; the csv module's own limit of 128 Ki is less than a long document
+_KNOWN = "expected .csv, .tsv or .jsonl (also with .gz, .bz2 or .xz) or .parquet"
+
+
+def open_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    """Rows of `path` by its ending. `columns` lets Parquet read less; other formats yield every column."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".parquet"]:
+        return _parquet_rows(path, columns)
+    opener: Callable[..., Any] = open
+    if suffixes and suffixes[-1] in _OPENERS:
+        opener = _OPENERS[suffixes.pop()]
+    readers: dict[str, Reader] = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows}
+    if not suffixes or suffixes[-1] not in readers:
+        raise DataError(f"{path}: unknown kind of data file; {_KNOWN}")
+    return _text_rows(path, opener, readers[suffixes[-1]])
+
+
+def _text_rows(
+    path: Path, opener: Callable[..., Any], reader: Callable[[Path, IO[str]], Iterator[Row]]
+) -> Iterator[Row]:
+    line = 0
+    try:
+        # newline="" leaves line ends inside quoted CSV cells as they are.
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            for number, row in reader(path, stream):
+                line = number or line
+                yield number, row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error.reason}); convert the file") from error
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path}, after line {line}: the compressed file is damaged: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}, after line {line}: cannot be read: {error.strerror or error}") from error
+
+
+def _tsv_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
+    return _csv_rows(path, stream, delimiter="\t")
+
+
+def _csv_rows(path: Path, stream: IO[str], delimiter: str = ",") -> Iterator[Row]:
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    start = 1  # a quoted cell may span lines: a row starts one after the last line of the row before it
+    while True:
+        previous_limit = csv.field_size_limit(_MAX_CELL_CHARS)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {start}: not a CSV row: {error}") from error
+        finally:
+            csv.field_size_limit(previous_limit)
+        line, start = start, reader.line_num + 1
+        if cells is None:
+            return
+        if not cells:  # a blank line
+            continue
+        if names is None:
+            names = cells
+            if len(set(names)) != len(names):
+                raise DataError(f"{path}, line {line}: a column name stands twice in {', '.join(map(repr, names))}")
+            continue
+        if len(cells) != len(names):
+            raise DataError(f"{path}, line {line}: expected {len(names)} values, got {len(cells)}")
+        yield line, dict(zip(names, cells, strict=True))
+
+
+def _jsonl_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
+    for line, text in enumerate(stream, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {line}: not JSON: {error}") from error
+        yield line, row
+
+
+def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install 'chainfed-engine[parquet]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            missing = next((name for name in columns or () if name not in there), None)
+            if missing is not None:
+                raise DataError(f"{path}: no column {missing!r}; there are {', '.join(map(repr, there))}")
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns) if columns is not None else None):
+                for row in batch.to_pylist():
+                    yield None, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from error

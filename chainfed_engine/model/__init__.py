@@ -1,0 +1,1 @@
+"""Architectures, conversion and the layer store: everything that knows what a model is made of."""

@@ -1,0 +1,56 @@
+"""The architectures the engine runs, one short file each, behind two functions.
+
+`locate(model_type, name)` says where a checkpoint's tensor goes in a layer store (no torch needed);
+`family(model_type)` gives the `Family`: how to build a layer, the embeddings and what the layers of a pass share.
+`model_type` is that of a Hugging Face config. A family's modelling code is imported when `family` is first called.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from chainfed_engine.errors import UnsupportedModel
+from chainfed_engine.model.families import names
+from chainfed_engine.model.families.names import Location
+
+if TYPE_CHECKING:
+    from chainfed_engine.model.families.base import Family
+
+__all__ = ["SUPPORTED", "Location", "family", "locate"]
+
+_NAMES = {
+    "bert": names.BERT,
+    "roberta": names.ROBERTA,
+    "distilbert": names.DISTILBERT,
+    "llama": names.DECODER,
+    "mistral": names.DECODER,
+    "qwen2": names.DECODER,
+    "qwen3": names.DECODER,
+}
+SUPPORTED: tuple[str, ...] = tuple(_NAMES)
+
+
+def locate(model_type: str, name: str) -> Location | None:
+    """Where the checkpoint's tensor `name` goes; None when the architecture has no such tensor.
+
+    A tied checkpoint's `lm_head.weight` is located as the head like any other; the caller stores the matrix once.
+    Raises UnsupportedModel for an architecture that is not in `SUPPORTED`.
+    """
+    _require(model_type)
+    return names.locate_in(_NAMES[model_type], name)
+
+
+@cache
+def family(model_type: str) -> "Family":
+    """The family of `model_type`. Raises UnsupportedModel for an architecture that is not in `SUPPORTED`."""
+    _require(model_type)
+    found: Family = import_module(f"chainfed_engine.model.families.{model_type}").FAMILY
+    return found
+
+
+def _require(model_type: str) -> None:
+    if model_type not in _NAMES:
+        raise UnsupportedModel(
+            f"architecture {model_type!r}: expected one of {', '.join(SUPPORTED)} (the config's model_type); "
+            "use a checkpoint of one of these"
+        )

@@ -1,0 +1,134 @@
+"""Objective of a stage: local loss + auxiliary_weight * auxiliary branch (Globally Perceptive Optimization).
+
+local      task loss of the output layer on the window's last hidden state, carried to the top by the stand-in
+auxiliary  the same on that state passed through all later adapters first (adapters alone, no transformer layers)
+
+At the top of the model the loss is the end-to-end loss alone. While no later adapter has been trained the two branches
+are the same number, so the head is evaluated once. Later adapters are read, not updated. Source: ChainFed, GPO.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.objective.head import Head, head_losses, weighted_head_loss
+from chainfed_engine.objective.stand_in import StandIn
+from chainfed_engine.types import IGNORE_INDEX, Batch
+
+RowMap = Callable[[Tensor], Tensor]
+
+
+class Readout(Protocol):
+    """From hidden states to the task's loss. `select` keeps the tokens that matter, `reduce` makes one row a target."""
+
+    def select(self, hidden: Tensor, batch: Batch) -> Tensor: ...
+    def reduce(self, tokens: Tensor, batch: Batch) -> Tensor: ...
+    def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`at_top`: the window ends where the model ends; `later`: the trained adapters above it, in order."""
+
+    readout: Readout
+    stand_in: StandIn | None
+    later: Sequence[RowMap]
+    auxiliary_weight: float
+    at_top: bool
+
+    def __call__(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Scalar loss of the window's last hidden state [B, T, D]; mean over targets."""
+        tokens = self.readout.select(hidden, batch)
+        branches, weights = [self._features(tokens, batch)], [1.0]
+        if not self.at_top and self.auxiliary_weight:
+            if self.later:
+                for adapter in self.later:
+                    tokens = adapter(tokens)
+                branches.append(self._features(tokens, batch))
+                weights.append(self.auxiliary_weight)
+            else:
+                weights[0] += self.auxiliary_weight
+        return self.readout.loss(branches, weights, batch)
+
+    def _features(self, tokens: Tensor, batch: Batch) -> Tensor:
+        rows = self.readout.reduce(tokens, batch)
+        return rows if self.stand_in is None else self.stand_in(rows)
+
+
+@dataclass(frozen=True)
+class ClassificationReadout:
+    """Pooling, final norm (pre-norm models), classifier. `classifier(features [B, D]) -> logits [B, C]` is trained."""
+
+    pooling: str
+    pool: Callable[[Tensor, Tensor], Tensor]  # hidden [B, T, D], mask [B, T] -> [B, D]
+    final_norm: RowMap
+    classifier: RowMap
+
+    def select(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden if self.pooling == "mean" else self.pool(hidden, batch.attention_mask)
+
+    def reduce(self, tokens: Tensor, batch: Batch) -> Tensor:
+        return self.pool(tokens, batch.attention_mask) if self.pooling == "mean" else tokens
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.classifier(self.final_norm(features))
+
+    def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses [B] and hits (bool [B]) of the final hidden state [B, T, D], for evaluation."""
+        labels, logits = require_labels(batch), self.logits(self.pool(hidden, batch.attention_mask))
+        return cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
+
+    def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
+        labels = require_labels(batch)
+        losses = [
+            weight * cross_entropy(self.logits(rows), labels) for rows, weight in zip(branches, weights, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+@dataclass(frozen=True)
+class CausalReadout:
+    """Final norm and the frozen LM head; the token at position t predicts the label at t + 1."""
+
+    final_norm: RowMap
+    head: Head
+
+    def select(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden[:, :-1][_carries_label(batch)]
+
+    def reduce(self, tokens: Tensor, batch: Batch) -> Tensor:
+        return tokens
+
+    def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
+        targets = self.targets(batch)
+        rows = self.final_norm(torch.cat(list(branches)))
+        token_weight = torch.tensor(weights).repeat_interleave(len(targets)) / len(targets)
+        return weighted_head_loss(rows, targets.repeat(len(branches)), token_weight, self.head)
+
+    def targets(self, batch: Batch) -> Tensor:
+        targets = require_labels(batch)[:, 1:][_carries_label(batch)]
+        if len(targets) == 0:
+            raise InvalidArgument(
+                "objective: no token of the batch carries a label; drop such batches or raise sequence_length"
+            )
+        return targets
+
+    def token_losses(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Losses [num_target_tokens] of the final hidden state [B, T, D], for evaluation."""
+        rows = self.final_norm(self.select(hidden, batch)).contiguous()
+        return head_losses(rows, self.targets(batch), self.head, token_weight=None)[0]
+
+
+def require_labels(batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise InvalidArgument("objective: the batch has no labels; give `labels` with every training batch")
+    return batch.labels
+
+
+def _carries_label(batch: Batch) -> Tensor:
+    return require_labels(batch)[:, 1:] != IGNORE_INDEX

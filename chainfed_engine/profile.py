@@ -1,0 +1,63 @@
+"""One streamed pass over a few batches: what every layer does to the input, and the rows the stand-ins are fitted on.
+
+Leaves the CKA score of each layer's output against the embedding output (Function-Oriented Adaptive Tuning) and, for
+the depths asked for, the least-squares factor from the features there to the final features.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainfed_engine import stand_in
+from chainfed_engine.objective import Readout
+from chainfed_engine.objective.stand_in import unit_rows
+from chainfed_engine.prefix import Prefix, token_rows
+from chainfed_engine.start_layer import linear_cka
+from chainfed_engine.types import Arrays, Batch
+
+MAX_CKA_TOKENS = 2048  # scores move by less than 0.01 beyond; bounds the kept copy of the embedding output
+
+
+@torch.no_grad()
+def profile(
+    prefix: Prefix, batches: Sequence[Batch], readout: Readout, *, depths: Collection[int], normalise: bool
+) -> Arrays:
+    """Arrays: `cka` float64 [num_layers]; for each depth in `depths` (0 < depth < num_layers) the stand-in factor."""
+    model = prefix.model
+    hidden = [model.embed(batch) for batch in batches]
+    contexts = [model.context(batch) for batch in batches]
+    initial = _tokens(hidden, batches)
+    scores = np.empty(model.num_layers)
+    rows: dict[int, Tensor] = {}
+    for layer in range(model.num_layers):
+        for index, context in enumerate(contexts):
+            hidden[index] = prefix.run_layer(layer, hidden[index], context)
+        scores[layer] = linear_cka(_tokens(hidden, batches), initial)
+        if layer + 1 in depths:
+            rows[layer + 1] = _features(hidden, batches, readout, normalise)
+    arrays: Arrays = {"cka": scores}
+    if rows:
+        final = _features(hidden, batches, readout, normalise).numpy()
+        for depth, features in rows.items():
+            arrays.update(stand_in.statistics(depth, features.numpy(), final))
+    return arrays
+
+
+def _tokens(hidden: Sequence[Tensor], batches: Sequence[Batch]) -> np.ndarray:
+    kept: list[Tensor] = []
+    room = MAX_CKA_TOKENS
+    for state, batch in zip(hidden, batches, strict=True):
+        tokens = state.reshape(-1, state.shape[-1])[token_rows(batch)[0]][:room]
+        kept.append(tokens)
+        room -= len(tokens)
+        if room == 0:
+            break
+    return torch.cat(kept).numpy()
+
+
+def _features(hidden: Sequence[Tensor], batches: Sequence[Batch], readout: Readout, normalise: bool) -> Tensor:
+    pairs = zip(hidden, batches, strict=True)
+    rows = torch.cat([readout.reduce(readout.select(state, batch), batch) for state, batch in pairs])
+    return unit_rows(rows) if normalise else rows

@@ -1,0 +1,100 @@
+"""What clients measured on the untrained model becomes the start layer and the stand-ins.
+
+In: profile replies one by one; out: start layer, stand-in arrays. Statistics are large (for every depth up to
+2D + 1 rows of 2D + 1 numbers), so replies are merged as they come: as soon as every client before it in name order
+has been dealt with. That order, not the order of arrival, fixes the sums. Source: ChainFed, section on
+Function-Oriented Adaptive Tuning, for the scores.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from chainfed_engine import stand_in
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.server.checks import refuse_array, refuse_envelope
+from chainfed_engine.start_layer import choose_start_layer
+from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
+
+SCORES_KEY = "cka"  # float64 [num_layers]
+
+
+class ProfileCollector:
+    """`tasks`: who was asked. `depths`: where stand-in statistics are due. The first reply of a client counts."""
+
+    def __init__(
+        self, tasks: Mapping[str, Task], *, shape: ModelShape, depths: range, samples: Mapping[str, int]
+    ) -> None:
+        self._tasks = tasks
+        self._shape = shape
+        self._factor_keys = [stand_in_key(depth, "factor") for depth in depths]
+        self._samples = samples
+        self._waiting: dict[str, Reply | None] = {}  # arrived (None: refused) before someone ahead in name order
+        self._order = sorted(tasks)
+        self._weighted_scores = np.zeros(shape.num_layers, np.float64)
+        self._factors: Arrays = {}
+        self.counted: list[str] = []
+        self.total_samples = 0
+
+    def add(self, reply: Reply) -> str | None:
+        """Take one reply of a client that was asked; the reason if it is refused. A refused one may not try again."""
+        client = reply.client
+        if client in self._waiting or client not in self._order:
+            return "more than one reply; the first one counts"
+        reason = self._refuse(reply)
+        self._waiting[client] = None if reason else reply
+        while self._order and self._order[0] in self._waiting:
+            self._merge(self._waiting.pop(self._order.pop(0)))
+        return reason
+
+    def finish(self) -> None:
+        """No more replies will come: merge those that waited for a client that never answered."""
+        for client in self._order:
+            self._merge(self._waiting.pop(client, None))
+        self._order = []
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Mean CKA by layer, weighted by samples: float64 [num_layers]."""
+        return np.asarray(self._weighted_scores / self.total_samples)
+
+    def start_layer(self, config: ChainConfig) -> int:
+        return choose_start_layer(self.scores, threshold=config.threshold, window=config.window)
+
+    def stand_ins(self, depths: range, *, ridge: float | None) -> Arrays:
+        """The solved maps at `depths`; statistics of other depths, and then all, are dropped."""
+        solved: Arrays = {}
+        for depth in depths:
+            key = stand_in_key(depth, "factor")
+            solved.update(stand_in.solve({key: self._factors.pop(key)}, ridge=ridge))
+        self._factors.clear()
+        return solved
+
+    def _refuse(self, reply: Reply) -> str | None:
+        reason = refuse_envelope(reply, self._tasks[reply.client], max_samples=self._samples[reply.client])
+        if reason is not None:
+            return reason
+        expected = {SCORES_KEY, *self._factor_keys}
+        if not isinstance(reply.arrays, Mapping) or reply.arrays.keys() != expected:
+            return f"profile: expected {SCORES_KEY} and stand-in statistics at {len(self._factor_keys)} depths"
+        reason = refuse_array(SCORES_KEY, reply.arrays[SCORES_KEY], shape=(self._shape.num_layers,), dtype=np.float64)
+        if reason is not None:
+            return reason
+        width = 2 * self._shape.hidden_size + 1
+        for key in self._factor_keys:
+            factor = reply.arrays[key]
+            num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
+            reason = refuse_array(key, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+            if reason is not None:
+                return reason
+        return None
+
+    def _merge(self, reply: Reply | None) -> None:
+        if reply is None:
+            return
+        self.counted.append(reply.client)
+        self.total_samples += reply.num_samples
+        self._weighted_scores += reply.num_samples * reply.arrays[SCORES_KEY]
+        for key in self._factor_keys:  # one depth at a time: never two full sets of statistics beside the reply
+            parts = [{key: self._factors[key]}] if key in self._factors else []
+            self._factors[key] = stand_in.merge([*parts, {key: reply.arrays[key]}])[key]

@@ -1,0 +1,119 @@
+"""The scalar part of a saved server: what run it belongs to and how far it got. In and out: plain JSON-able dicts.
+
+A record comes from disk: types and ranges are checked before a field is used, and a record of another run (other
+seed, method, clients, model) is refused instead of being continued into something nobody asked for.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.errors import ConfigError, CorruptFile
+from chainfed_engine.server.checks import refuse_arrays
+from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
+
+FORMAT = "chainfed-server-state"
+VERSION = 1
+# What may change between a kill and the resume, because no bit of the result depends on it.
+_FREE_FIELDS = {"budget", "eval_every"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run got. `rejections`: one line of reasons for each exchange rejected in a row up to now."""
+
+    round_id: int
+    profile_attempts: int
+    profile_pending: bool
+    start_layer: int | None
+    rejections: tuple[str, ...]
+    only_non_finite: bool
+
+
+def identity(
+    config: ChainConfig, shape: ModelShape, task: TaskKind, client_samples: Mapping[str, int]
+) -> dict[str, Any]:
+    """What must be equal for a run to be continued. More `rounds` continue a schedule that does not share them out."""
+    free = _FREE_FIELDS | ({"rounds"} if config.method != "chain" or config.schedule == "continuous" else set())
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    return {"config": fields, "model": dataclasses.asdict(shape), "task": task, "client_samples": dict(client_samples)}
+
+
+def to_record(run: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """JSON-able; equal after a round trip through JSON."""
+    record = {"format": FORMAT, "version": VERSION, "run": run, "progress": dataclasses.asdict(progress)}
+    loaded: dict[str, Any] = json.loads(json.dumps(record))
+    return loaded
+
+
+def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
+    """Raises CorruptFile for a record that is none, ConfigError for one of another run."""
+    if not isinstance(record, Mapping) or record.get("format") != FORMAT or record.get("version") != VERSION:
+        raise CorruptFile(f"saved state: expected a record of format {FORMAT} version {VERSION}; start a new run")
+    _require_same_run(record.get("run"), json.loads(json.dumps(run)))
+    progress = record.get("progress")
+    names = {field.name for field in dataclasses.fields(Progress)}
+    if not isinstance(progress, Mapping) or set(progress) != names:
+        raise CorruptFile(f"saved state: expected progress with {sorted(names)}, got {progress!r:.200}")
+    for name in ("round_id", "profile_attempts"):
+        _require(_is_count(progress[name]), name, progress[name])
+    for name in ("profile_pending", "only_non_finite"):
+        _require(isinstance(progress[name], bool), name, progress[name])
+    _require(
+        progress["start_layer"] is None or _is_count(progress["start_layer"]), "start_layer", progress["start_layer"]
+    )
+    rejections = progress["rejections"]
+    _require(
+        isinstance(rejections, list) and all(isinstance(text, str) for text in rejections), "rejections", rejections
+    )
+    return Progress(**{**progress, "rejections": tuple(rejections)})
+
+
+def require_arrays(arrays: Arrays, like: Arrays, *, depths: range, hidden_size: int) -> list[str]:
+    """The saved parameters must be those of `like`, all else stand-ins of exactly `depths`, whose keys are returned.
+
+    A stand-in is `bias` [D] with `weight` [D, D], or with `in_weight` [r, D] and `out_weight` [D, r]; float32.
+    """
+    stand_in_keys = sorted(arrays.keys() - like.keys())
+    expected: dict[str, tuple[int, ...]] = {key: array.shape for key, array in like.items()}
+    for depth in depths:
+        expected[stand_in_key(depth, "bias")] = (hidden_size,)
+        low_rank = arrays.get(stand_in_key(depth, "in_weight"))
+        if low_rank is None:
+            expected[stand_in_key(depth, "weight")] = (hidden_size, hidden_size)
+        else:
+            expected[stand_in_key(depth, "in_weight")] = (len(low_rank), hidden_size)
+            expected[stand_in_key(depth, "out_weight")] = (hidden_size, len(low_rank))
+    reason = refuse_arrays(arrays, {key: np.broadcast_to(np.float32(0), shape) for key, shape in expected.items()})
+    if reason is not None:
+        raise CorruptFile(f"saved state: {reason}; start a new run")
+    return stand_in_keys
+
+
+def _require_same_run(saved: Any, run: Mapping[str, Any]) -> None:
+    if not isinstance(saved, Mapping) or any(not isinstance(saved.get(name), type(run[name])) for name in run):
+        raise CorruptFile("saved state: the description of its run is damaged; start a new run")
+    for name, value in saved["config"].items():
+        if name in run["config"] and run["config"][name] != value:
+            raise ConfigError(
+                f"resume: {name} was {value!r} in the saved run and is {run['config'][name]!r} now; "
+                "put it back or start a new run"
+            )
+    if saved["config"].keys() != run["config"].keys():
+        raise CorruptFile("saved state: its configuration has other fields than this version's; start a new run")
+    for name, what in (("model", "model shape"), ("task", "task"), ("client_samples", "clients or their samples")):
+        if saved[name] != run[name]:
+            raise ConfigError(f"resume: the {what} differ from the saved run's; use the same model and data")
+
+
+def _require(holds: bool, name: str, value: object) -> None:
+    if not holds:
+        raise CorruptFile(f"saved state: progress.{name} cannot be {value!r:.100}; start a new run")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53

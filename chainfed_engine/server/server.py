@@ -1,0 +1,320 @@
+"""The server's state machine: profile (where the method needs it), then rounds, then done. No I/O, no clock, no torch.
+
+`next_tasks()` says what clients are to do, `receive(replies)` checks, aggregates and advances; nothing happens in
+between that would have to be saved. Equal configuration, initial parameters and replies give equal bits, in
+whatever order the replies arrive and however often the run was saved and restored.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.errors import ChainfedError, CorruptFile, InconsistentUpdates, InvalidArgument, NonFiniteLoss
+from chainfed_engine.server import saved
+from chainfed_engine.server.aggregate import federated_average
+from chainfed_engine.server.checks import one_line
+from chainfed_engine.server.global_model import GlobalModel
+from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.plan import Plan
+from chainfed_engine.server.profile import ProfileCollector
+from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
+from chainfed_engine.server.summary import Summary
+from chainfed_engine.server.updates import UpdateCollector, only_non_finite, summarize_reasons
+from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
+
+MAX_REJECTED_IN_A_ROW = 3
+# A stand-in of D x D numbers wants as many tokens as it can get: few clients make up for it with more batches each.
+STAND_IN_BATCHES = 16
+
+
+class Server:
+    """`initial`: float32 adapters (`adapters.<layer>.<name>`) of every layer the method may train, and for
+    classification `classifier.<name>`. `client_samples`: number of training samples by client, all positive.
+    Raises ConfigError for a configuration that cannot run, InvalidArgument for arrays or clients that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: ChainConfig,
+        shape: ModelShape,
+        initial: Mapping[str, np.ndarray],
+        client_samples: Mapping[str, int],
+        task: TaskKind,
+    ) -> None:
+        if not client_samples or min(client_samples.values()) < 1:
+            raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
+        self.config = config
+        self.shape = shape
+        self.task = task
+        self.client_samples = dict(client_samples)
+        self._plan = Plan(config, shape.num_layers, task)
+        self._model = GlobalModel(
+            initial,
+            task,
+            num_layers=shape.num_layers,
+            trained_layers=self._plan.trained_layers(),
+            uses_later_adapters=config.auxiliary_weight > 0,
+        )
+        self._holdings = Holdings()
+        self._profile_pending = self._plan.needs_profile
+        self._start_layer = self._plan.fixed_start_layer()
+        self._profile_attempts = 0
+        self._round_id = 0
+        self._rejections: list[str] = []  # reasons of the rejected exchanges since the last accepted one
+        self._only_non_finite = True  # whether NaN and infinity are all that is behind them
+        self._pending: dict[str, Task] | None = None
+
+    # -- where the run stands ------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return not self._profile_pending and self._round_id >= self._plan.rounds
+
+    @property
+    def rounds(self) -> int:
+        """Rounds the run will have in all."""
+        return self._plan.rounds
+
+    @property
+    def round_id(self) -> int:
+        """The next round, 0-based; equally the number of rounds behind us, rejected ones included."""
+        return self._round_id
+
+    @property
+    def profile_attempts(self) -> int:
+        return self._profile_attempts
+
+    @property
+    def start_layer(self) -> int | None:
+        """None until it has been chosen from profiles."""
+        return self._start_layer
+
+    def parameters(self) -> Arrays:
+        """All adapters and the classifier: float32, shared, not to be written to."""
+        return self._model.parameters()
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def next_tasks(self) -> list[Task]:
+        """Tasks of the next exchange, by client name. Asking twice without `receive` gives equal tasks.
+
+        Raises NonFiniteLoss or InconsistentUpdates once `MAX_REJECTED_IN_A_ROW` exchanges in a row were rejected.
+        """
+        if self.done:
+            raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
+        if len(self._rejections) >= MAX_REJECTED_IN_A_ROW:
+            raise self._too_many_rejections()
+        tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
+        self._pending = {task.client: task for task in tasks}
+        return tasks
+
+    def evaluation_task(self, client: str) -> Task:
+        """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
+        arrays, versions = self._model.everything()
+        return Task("evaluate", client, self._round_id, None, arrays, {"batch_size": self.config.batch_size}, versions)
+
+    def _profile_tasks(self) -> list[Task]:
+        attempt = self._profile_attempts
+        depths = self._plan.stand_in_depths(None)
+        cohort = self._cohort(self.config.profile_clients, PROFILE_STREAM, attempt)
+        needed, versions = self._model.needed(None, 0)
+        tasks = []
+        for name in cohort:
+            settings: dict[str, Scalar] = {
+                "batch_size": self.config.batch_size,
+                "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
+                "depth_start": depths.start,
+                "depth_stop": depths.stop,
+                "seed": self._seed(PROFILE_STREAM, attempt, name),
+            }
+            arrays = self._lacking(name, needed, versions)
+            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions))
+        return tasks
+
+    def _train_tasks(self) -> list[Task]:
+        stage = self._stage()
+        needed, versions = self._model.needed(stage, self._known_start_layer())
+        config, tasks = self.config, []
+        for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
+            settings: dict[str, Scalar] = {
+                "lr": config.lr,
+                "batch_size": config.batch_size,
+                "local_epochs": config.local_epochs,
+                "max_local_steps": config.max_local_steps,
+                "seed": self._seed(ROUND_STREAM, self._round_id, name),
+                "start_layer": self._known_start_layer(),
+            }
+            arrays = self._lacking(name, needed, versions)
+            tasks.append(Task("train", name, self._round_id, stage, arrays, settings, versions))
+        return tasks
+
+    def _lacking(self, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
+        return {key: needed[key] for key in self._holdings.lacking(client, versions)}
+
+    # -- replies -------------------------------------------------------------------------------------------------
+
+    def receive(self, replies: Iterable[Reply]) -> Summary:
+        """Take the replies to the last `next_tasks()`; a bad reply is refused with a reason and does no harm.
+
+        Consumes `replies` lazily. Without one usable reply the exchange is rejected: it counts, the state stays.
+        """
+        if self._pending is None:
+            raise InvalidArgument("receive: expected next_tasks() before it")
+        pending, collector = self._pending, self._collector(self._pending)
+        rejected: dict[str, str] = {}
+        bytes_up = 0
+        for reply in replies:
+            bytes_up += _num_bytes(reply.arrays)
+            asked = isinstance(reply.client, str) and reply.client in pending
+            reason = collector.add(reply) if asked else "not asked in this round"
+            if reason is not None:
+                rejected[one_line(reply.client)] = reason
+        self._pending = None
+        bytes_down = sum(_num_bytes(task.arrays) for task in pending.values())
+        rejected = dict(sorted(rejected.items()))
+        if isinstance(collector, ProfileCollector):
+            summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
+        else:
+            summary = self._finish_round(collector, rejected, bytes_down, bytes_up)
+        for client, task in pending.items():
+            if client in summary.clients:
+                self._holdings.confirm(client, task.versions)
+            else:
+                self._holdings.forget(client)
+        if summary.accepted:
+            self._rejections, self._only_non_finite = [], True
+        else:
+            self._rejections.append(summarize_reasons(rejected))
+            self._only_non_finite &= only_non_finite(rejected)
+        return summary
+
+    def _collector(self, pending: dict[str, Task]) -> ProfileCollector | UpdateCollector:
+        if self._profile_pending:
+            depths = self._plan.stand_in_depths(None)
+            return ProfileCollector(pending, shape=self.shape, depths=depths, samples=self.client_samples)
+        return UpdateCollector(pending, trained=self._model.trained(self._stage()), samples=self.client_samples)
+
+    def _finish_profile(
+        self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
+    ) -> Summary:
+        collector.finish()
+        attempt, accepted = self._profile_attempts, bool(collector.counted)
+        if accepted:
+            if self._start_layer is None:
+                self._start_layer = collector.start_layer(self.config)
+            depths = self._plan.stand_in_depths(self._start_layer)
+            self._model.set_stand_ins(collector.stand_ins(depths, ridge=self.config.stand_in_ridge))
+            self._profile_pending = False
+        self._profile_attempts += 1
+        return Summary(
+            "profile",
+            attempt,
+            accepted,
+            clients=tuple(collector.counted),
+            rejected=rejected,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
+            start_layer=self._start_layer,
+            scores=tuple(collector.scores.tolist()) if accepted else (),
+        )
+
+    def _finish_round(
+        self,
+        collector: UpdateCollector,
+        rejected: dict[str, str],
+        bytes_down: int,
+        bytes_up: int,
+    ) -> Summary:
+        stage, round_id = self._stage(), self._round_id
+        if collector.usable:
+            self._model.update(federated_average(collector.usable))
+        self._round_id += 1
+        return Summary(
+            "round",
+            round_id,
+            bool(collector.usable),
+            clients=tuple(sorted(collector.usable)),
+            rejected=rejected,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
+            stage=stage,
+            loss=collector.mean_loss(),
+            totals=collector.totals(),
+            start_layer=self._start_layer,
+        )
+
+    # -- save and restore ----------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        """Everything the rest of the run depends on: parameters and stand-ins (shared), and a JSON-able record."""
+        progress = saved.Progress(
+            round_id=self._round_id,
+            profile_attempts=self._profile_attempts,
+            profile_pending=self._profile_pending,
+            start_layer=self._start_layer,
+            rejections=tuple(self._rejections),
+            only_non_finite=self._only_non_finite,
+        )
+        return {**self._model.parameters(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+
+    def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
+        """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
+        many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
+        progress = saved.from_record(record, self._identity())
+        self._check_start_layer(progress)
+        depths = range(0) if progress.profile_pending else self._plan.stand_in_depths(progress.start_layer)
+        own = self.parameters()
+        stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
+        self._model.update({key: arrays[key] for key in own})
+        self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
+        self._holdings = Holdings()
+        self._pending = None
+        self._round_id = progress.round_id
+        self._profile_attempts = progress.profile_attempts
+        self._profile_pending = progress.profile_pending
+        self._start_layer = progress.start_layer
+        exhausted = len(progress.rejections) >= MAX_REJECTED_IN_A_ROW
+        self._rejections = [] if exhausted else list(progress.rejections)
+        self._only_non_finite = exhausted or progress.only_non_finite
+
+    # -- small parts ---------------------------------------------------------------------------------------------
+
+    def _known_start_layer(self) -> int:
+        assert self._start_layer is not None, "the start layer is chosen before the first round"
+        return self._start_layer
+
+    def _stage(self) -> Stage:
+        return self._plan.stage(self._round_id, self._known_start_layer())
+
+    def _cohort(self, count: int, stream: int, index: int) -> list[str]:
+        return sample_clients(self.client_samples, count, seed=self.config.seed, stream=stream, index=index)
+
+    def _seed(self, stream: int, index: int, client: str) -> int:
+        return client_seed(self.config.seed, stream, index, client)
+
+    def _identity(self) -> dict[str, Any]:
+        return saved.identity(self.config, self.shape, self.task, self.client_samples)
+
+    def _check_start_layer(self, progress: saved.Progress) -> None:
+        fixed = self._plan.fixed_start_layer()
+        found = progress.start_layer
+        if (found is None) != (fixed is None and progress.profile_pending) or fixed not in (None, found):
+            raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
+        if found is not None:
+            self._plan.stage(0, found)  # raises where the layer is beyond the model
+
+    def _too_many_rejections(self) -> ChainfedError:
+        kind = NonFiniteLoss if self._only_non_finite else InconsistentUpdates
+        what = "profile attempts" if self._profile_pending else "rounds"
+        advice = "; try a lower lr" if kind is NonFiniteLoss else ""
+        return kind(
+            f"no usable update in {len(self._rejections)} {what} in a row (last: {self._rejections[-1]}); "
+            f"the parameters are as before them{advice}"
+        )
+
+
+def _num_bytes(arrays: object) -> int:
+    values = arrays.values() if isinstance(arrays, Mapping) else ()
+    return sum(array.nbytes for array in values if isinstance(array, np.ndarray))

@@ -1,0 +1,29 @@
+"""What one exchange came to: the server's account of a profile pass or a round, for logs and progress. Plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chainfed_engine.types import Stage
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`kind`: "profile" or "round"; `index`: attempt or round number, from 0; `accepted`: whether the state changed.
+
+    `loss`: mean of the counted clients' losses weighted by samples, None without one. `totals`: every other metric,
+    summed over the counted clients. `bytes_down`, `bytes_up`: bytes of arrays sent to clients and received from them.
+    """
+
+    kind: Literal["profile", "round"]
+    index: int
+    accepted: bool
+    clients: tuple[str, ...]  # counted, sorted
+    rejected: Mapping[str, str]  # client -> reason
+    bytes_down: int
+    bytes_up: int
+    stage: Stage | None = None
+    loss: float | None = None
+    totals: Mapping[str, float] = field(default_factory=dict)
+    start_layer: int | None = None
+    scores: tuple[float, ...] = ()  # mean CKA by layer, profile only

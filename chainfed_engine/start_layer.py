@@ -1,0 +1,51 @@
+"""Function-Oriented Adaptive Tuning: which layers need adapters at all.
+
+Before training, linear CKA is taken between every layer's output and the model's initial input (the embedding
+output) on one mini-batch. Layers that still look like their input do general work and are left alone; the chain
+starts at the first layer whose score falls below a threshold. NumPy only: the server averages scores without torch.
+
+    CKA(X, Y) = ||X'Y||_F^2 / (||X'X||_F ||Y'Y||_F),  columns centred        (ChainFed; Kornblith et al., 2019)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from chainfed_engine.errors import InvalidArgument
+
+Matrix = np.ndarray[Any, Any]
+
+
+def linear_cka(x: Matrix, y: Matrix) -> float:
+    """CKA of two feature matrices [tokens, features] of the same tokens, in float64; 1.0 means equal up to rotation.
+
+    Uses the Gram form (tokens x tokens) when there are fewer tokens than features. Constant features give 0.0.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0] or x.shape[0] < 2:
+        raise InvalidArgument(
+            f"linear_cka: expected two [tokens >= 2, features] of equal tokens, got {x.shape}, {y.shape}"
+        )
+    x = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
+    y = y.astype(np.float64) - y.mean(axis=0, dtype=np.float64)
+    if x.shape[0] <= max(x.shape[1], y.shape[1]):
+        gram_x, gram_y = x @ x.T, y @ y.T
+        cross = float(np.vdot(gram_x, gram_y))
+        norms = float(np.linalg.norm(gram_x) * np.linalg.norm(gram_y))
+    else:
+        cross = float(np.linalg.norm(x.T @ y) ** 2)
+        norms = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
+    return cross / norms if norms > 0.0 else 0.0
+
+
+def choose_start_layer(scores: Matrix, *, threshold: float, window: int) -> int:
+    """First layer (0-based) whose CKA score lies below `threshold`, at most num_layers - window.
+
+    `scores`: [num_layers], already averaged over clients weighted by samples. Threshold 1.0 starts at layer 0
+    unless a layer reproduces its input exactly.
+    """
+    num_layers = len(scores)
+    if not np.isfinite(scores).all() or not 1 <= window <= num_layers:
+        raise InvalidArgument(f"choose_start_layer: expected finite scores of >= {window} layers, got {scores}")
+    below = np.flatnonzero(scores < threshold)
+    first = int(below[0]) if len(below) else num_layers
+    return min(first, num_layers - window)

@@ -1,0 +1,218 @@
+"""One stage on one site: boundary in, window, objective, optimizer, update out. It reads like the picture.
+
+    batch -> prefix -> boundary -> window + adapters -> objective -> optimizer -> update
+
+`StageTrainer` holds one frozen base and every adapter; a stage says which of them are trained. It knows nothing of
+rounds, schedules or other sites. `begin` loads what the stage needs, `prepare` brings the boundary cache to the
+window, `step` is one optimizer update, `trained` is the site's update.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chainfed_engine.adapters import Adapter, build_adapter
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective
+from chainfed_engine.objective.stand_in import StandIn
+from chainfed_engine.parameters import Parameters
+from chainfed_engine.prefix import DEFAULT_FILL_BYTES, Prefix, is_active
+from chainfed_engine.prefix.supply import BoundarySupply
+from chainfed_engine.profile import profile
+from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind
+from chainfed_engine.window import TrainedWindow
+
+
+class StageTrainer:
+    """Trains one stage at a time over one frozen base. Not thread-safe; sites that share it take turns.
+
+    `num_labels`: classes, for classification. `micro_batch`: sequences at a time in a step (0: the whole batch).
+    """
+
+    def __init__(
+        self,
+        model: FrozenModel,
+        config: ChainConfig,
+        *,
+        task: TaskKind,
+        num_labels: int = 0,
+        cache_format: str = "f32",
+        micro_batch: int = 0,
+        recompute: bool = False,
+        fill_bytes: int = DEFAULT_FILL_BYTES,
+    ) -> None:
+        self.model, self.config, self.task = model, config, task
+        self.micro_batch, self.recompute = micro_batch, recompute
+        classifier = None
+        if task == "classification":
+            if num_labels < 2:
+                raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
+            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
+            self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
+                classifier.pooling, classifier.pool, model.final_norm, classifier.score
+            )
+        else:
+            if model.head is None:
+                raise InvalidArgument(
+                    f"task: {model.shape.architecture} has no LM head; give labels for classification"
+                )
+            self.readout = CausalReadout(model.final_norm, model.head)
+        self.adapters: dict[int, Adapter] = {
+            layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
+            for layer in range(model.num_layers)
+        }
+        self.parameters = Parameters(self.adapters, classifier)
+        self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
+        self.window: TrainedWindow | None = None
+        self._supply: BoundarySupply | None = None
+
+    def begin(
+        self,
+        stage: Stage,
+        arrays: Arrays,
+        *,
+        cache_dir: Path | None,
+        lr: float,
+        settings: Mapping[str, Scalar] | None = None,
+    ) -> None:
+        """Load every parameter the stage needs, open the site's cache, start a fresh optimizer."""
+        self.end()
+        self.stage, window = stage, stage.window
+        self.parameters.load(arrays)
+        origin = window.start if stage.kind == "probe" else int((settings or {}).get("start_layer", window.start))
+        if window.start > 0:
+            if cache_dir is None:
+                raise InvalidArgument(f"begin: a window that starts at layer {window.start} needs a cache directory")
+            self._supply = BoundarySupply(
+                self.prefix,
+                cache_dir,
+                depth=window.start,
+                origin=origin,
+                model_key=f"{self.model.fingerprint} {self.model.activation}",
+                adapters_hash=self.parameters.hash_below,
+            )
+        if self.window is None or self.window.window != window:
+            self.window = None  # the old window's small parameters go before the new one's come
+            self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
+        self.objective = self._objective(arrays)
+        trained = self.parameters.train_only(window)
+        self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
+
+    def prepare(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Bring the boundary cache of these samples to the window; `prefix_layers_run` counts layers over the data."""
+        layers_run = self._supply.prepare(batches) if self._supply is not None else 0
+        return {"prefix_layers_run": float(layers_run)}
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer update on one batch, micro-batch by micro-batch; returns the loss before it."""
+        if self.window is None:
+            raise InvalidArgument("step: no stage has begun; call begin first")
+        total = 0.0
+        for micro, share in self._micro_batches(batch):
+            boundary = self.boundary(micro)
+            hidden = self.window(boundary, self.model.context(micro))
+            loss = self.objective(hidden, micro) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def boundary(self, batch: Batch) -> Tensor:
+        """Hidden state f32 [B, T, D] entering the window: cached, or computed and cached."""
+        return self.model.embed(batch) if self._supply is None else self._supply.get(batch)
+
+    def trained(self) -> Arrays:
+        """The stage's trained parameters, float32 copies: the window's adapters and the classifier."""
+        return self.parameters.export(self.stage.window)
+
+    def end(self) -> None:
+        """Close the site's cache; samples added by `step` stay in it."""
+        if self._supply is not None:
+            self._supply.close()
+            self._supply = None
+
+    def profile(self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = ()) -> Arrays:
+        """CKA score of every layer and stand-in statistics for `depths`, under the parameters in `arrays`."""
+        self.parameters.load(arrays)
+        return profile(self.prefix, batches, self.readout, depths=depths, normalise=self.normalise)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
+        """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
+        self.parameters.load(arrays)
+        samples, targets, correct, loss = 0, 0, 0, 0.0
+        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+            samples += len(batch.sample_ids)
+            if isinstance(self.readout, CausalReadout):
+                losses = self.readout.token_losses(hidden, batch)
+            else:
+                losses, hits = self.readout.scores(hidden, batch)
+                correct += int(hits.sum())
+            targets += len(losses)
+            loss += float(losses.double().sum())
+        if targets == 0:
+            raise InvalidArgument("evaluate: the data holds no labelled sample")
+        if self.task == "causal-lm":
+            return {"token_loss": loss / targets, "num_target_tokens": float(targets), "num_samples": float(samples)}
+        return {"accuracy": correct / samples, "loss": loss / samples, "num_samples": float(samples)}
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def normalise(self) -> bool:
+        """Whether the stand-in takes rows at unit length: pre-norm models, whose head ignores a row's length."""
+        return self.model.is_pre_norm
+
+    def _objective(self, arrays: Arrays) -> Objective:
+        stop = self.stage.window.stop
+        at_top = stop == self.model.num_layers
+        stand_in = None if at_top or not self.config.stand_in else StandIn(arrays, stop, normalise=self.normalise)
+        later = [self.adapters[layer] for layer in range(stop, self.model.num_layers)]
+        active = [adapter for adapter in later if is_active(adapter)]
+        return Objective(self.readout, stand_in, active, self.config.auxiliary_weight, at_top)
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""
+        size = self.micro_batch or len(batch.sample_ids)
+        total = _num_targets(batch)
+        for first in range(0, len(batch.sample_ids), size):
+            part = slice_batch(batch, slice(first, first + size))
+            share = _num_targets(part) / total
+            if share:
+                yield part, share
+
+
+def slice_batch(batch: Batch, rows: slice) -> Batch:
+    """Some sequences of a batch, cut to the longest of them."""
+    longest = int(batch.attention_mask[rows].sum(dim=1).max())
+    labels = batch.labels
+    if labels is not None:
+        labels = labels[rows, :longest] if labels.ndim == 2 else labels[rows]
+    types = None if batch.token_type_ids is None else batch.token_type_ids[rows, :longest]
+    return Batch(
+        batch.input_ids[rows, :longest], batch.attention_mask[rows, :longest], labels, batch.sample_ids[rows], types
+    )
+
+
+def _num_targets(batch: Batch) -> int:
+    if batch.labels is None:
+        raise InvalidArgument("step: the batch has no labels; give `labels` with every training batch")
+    if batch.labels.ndim == 1:
+        return len(batch.labels)
+    count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    if count == 0:
+        raise InvalidArgument("step: no token of the batch carries a label; drop such batches or raise sequence_length")
+    return count

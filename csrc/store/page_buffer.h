@@ -1,0 +1,26 @@
+// Page-aligned memory that costs nothing until it is written and can give its tail back to the system. Not copied to
+// the children of fork(): a direct read in flight during fork() may otherwise land in the child's copy of a page.
+#pragma once
+#include <cstdint>
+
+namespace chainfed {
+
+class PageBuffer {
+ public:
+  PageBuffer() = default;
+  ~PageBuffer();
+  PageBuffer(PageBuffer&& other) noexcept;
+  PageBuffer& operator=(PageBuffer&& other) = delete;
+
+  // Reserve `bytes` of address space on the first call; later calls keep what is there. Throws IoError.
+  void reserve(int64_t bytes);
+  // Give back every page at or above `bytes`.
+  void drop_tail(int64_t bytes);
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace chainfed
