@@ -139,7 +139,8 @@ def _decode(raw: NDArray[np.uint8], type_name: str) -> F32Array:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    decoded: F32Array = dequantize(raw, GGMLQuantizationType[type_name])
+    with np.errstate(all="ignore"):  # whoever takes the rows refuses what is not finite
+        decoded: F32Array = dequantize(raw, GGMLQuantizationType[type_name])
     return decoded
 
 
