@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 namespace chainfed {
 namespace {
 
@@ -23,6 +25,12 @@ void quantize_row(const float* row, const __m256 factor[4], int16_t* out) {
     const __m256i right = quantize_8(row + 16 + 8 * half, factor[2 + half]);
     _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * half), _mm256_packs_epi32(left, right));
   }
+}
+
+int32_t pair_of_weights(const Int16Cell& cell, int32_t pair, int64_t t) {
+  int32_t both;
+  std::memcpy(&both, cell.weight[pair][t], sizeof both);
+  return both;
 }
 
 }  // namespace
@@ -81,9 +89,8 @@ void accumulate_int16_avx2(const Int16Cell& cell, const Int16Panel& panel, float
       const auto* second = reinterpret_cast<const __m256i*>(panel.value[cell.row[pair][1]] + 16 * half);
       const __m256i a = _mm256_load_si256(first), b = _mm256_load_si256(second);
       const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-      const auto* weights = reinterpret_cast<const int32_t*>(cell.weight[pair]);
       for (int64_t t = 0; t < kBlockTokens; ++t) {
-        const __m256i weight = _mm256_set1_epi32(weights[t]);
+        const __m256i weight = _mm256_set1_epi32(pair_of_weights(cell, pair, t));
         left[t] = _mm256_add_epi32(left[t], _mm256_madd_epi16(weight, low));
         right[t] = _mm256_add_epi32(right[t], _mm256_madd_epi16(weight, high));
         // Token after token: scheduled together, the four weights push a sum out of the registers.
