@@ -14,6 +14,8 @@ namespace chainfed {
 constexpr int64_t kMaxPairs = kCellRows / 2 + 1;
 constexpr float kWeightSum = 65000.0f;
 constexpr float kLargestInt16 = 32767.0f;
+// Scales below this count as 0, lest their inverse overflow; weights are relative to a maximum of 1.
+constexpr float kLeastScale = 1e-30f;
 
 // The listed rows two by two; an odd list is filled up with a weight of 0.
 struct alignas(64) Int16Cell {

@@ -8,8 +8,8 @@ namespace chainfed {
 namespace {
 
 __m128 inverse_or_zero(__m128 scale) {
-  const __m128 positive = _mm_cmpgt_ps(scale, _mm_setzero_ps());
-  return _mm_and_ps(positive, _mm_div_ps(_mm_set1_ps(1.0f), scale));
+  const __m128 usable = _mm_cmpge_ps(scale, _mm_set1_ps(kLeastScale));
+  return _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(1.0f), scale));
 }
 
 __m256i quantize_8(const float* values, __m256 factor) {
@@ -72,8 +72,8 @@ void quantize_panel_avx2(const float* panel, int64_t num_rows, Int16Panel* out) 
   __m256 factor[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scale = _mm256_div_ps(largest[i], _mm256_set1_ps(kLargestInt16));
-    const __m256 positive = _mm256_cmp_ps(scale, _mm256_setzero_ps(), _CMP_GT_OQ);
-    factor[i] = _mm256_and_ps(positive, _mm256_div_ps(_mm256_set1_ps(1.0f), scale));
+    const __m256 usable = _mm256_cmp_ps(scale, _mm256_set1_ps(kLeastScale), _CMP_GE_OQ);
+    factor[i] = _mm256_and_ps(usable, _mm256_div_ps(_mm256_set1_ps(1.0f), scale));
     _mm256_store_ps(out->scale + 8 * i, scale);
   }
   for (int64_t r = 0; r < num_rows; ++r) quantize_row(panel + r * kPanelCols, factor, out->value[r]);
