@@ -68,6 +68,7 @@ class StageTrainer:
         }
         self.parameters = Parameters(self.adapters, classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
+        self.window: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
 
     def begin(
@@ -95,7 +96,9 @@ class StageTrainer:
                 model_key=f"{self.model.fingerprint} {self.model.activation}",
                 adapters_hash=self.parameters.hash_below,
             )
-        self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
+        if self.window is None or self.window.window != window:
+            self.window = None  # the old window's small parameters go before the new one's come
+            self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
         self.objective = self._objective(arrays)
         trained = self.parameters.train_only(window)
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
@@ -107,6 +110,8 @@ class StageTrainer:
 
     def step(self, batch: Batch) -> float:
         """One optimizer update on one batch, micro-batch by micro-batch; returns the loss before it."""
+        if self.window is None:
+            raise InvalidArgument("step: no stage has begun; call begin first")
         total = 0.0
         for micro, share in self._micro_batches(batch):
             boundary = self.boundary(micro)
@@ -183,6 +188,8 @@ class StageTrainer:
         """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""
         size = self.micro_batch or len(batch.sample_ids)
         total = _num_targets(batch)
+        if total == 0:
+            raise InvalidArgument("step: no token of the batch carries a label; drop it or raise sequence_length")
         for first in range(0, len(batch.sample_ids), size):
             part = slice_batch(batch, slice(first, first + size))
             share = _num_targets(part) / total
@@ -207,7 +214,4 @@ def _num_targets(batch: Batch) -> int:
         raise InvalidArgument("step: the batch has no labels; give `labels` with every training batch")
     if batch.labels.ndim == 1:
         return len(batch.labels)
-    count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    if count == 0:
-        raise InvalidArgument("step: no token of the batch carries a label; drop such batches or raise sequence_length")
-    return count
+    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())

@@ -1,8 +1,9 @@
 """The lines of metrics.jsonl, made of what happened. In: summaries and measurements; out: flat JSON-able dicts.
 
 Every event carries `round`: the number (from 0) of the round it belongs to or follows, -1 before the first.
-`round`: loss, window, clients, bytes and seconds by part. `profile`: CKA scores and start layer. `memory`, `eval`,
-`resume`: see their functions. `prefix_layers_run` and other costs are sums over the round's counted clients.
+`round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
+over the counted clients. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange. `resume`: a
+run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
 """
 
 import math
@@ -15,16 +16,15 @@ Event = dict[str, Any]
 _SECONDS = "_seconds"
 
 
-def exchange_event(summary: Summary, *, seconds: Mapping[str, float]) -> Event:
+def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float]) -> Event:
     """`round` or `profile`. `bytes_sent`: arrays carried, both ways; `seconds`: parts measured by clients (`prepare`,
     `train`; summed over them) and here (`transport`, which includes them, and `server`)."""
     totals = {name: value for name, value in summary.totals.items() if not name.endswith(_SECONDS)}
     parts = {name.removesuffix(_SECONDS): s for name, s in summary.totals.items() if name.endswith(_SECONDS)}
-    event: Event = {"event": summary.kind}
     if summary.kind == "profile":
-        event |= {"round": -1, "attempt": summary.index, "cka": list(summary.scores)}
+        event: Event = {"event": "profile", "round": -1, "attempt": summary.index, "cka": list(summary.scores)}
     else:
-        event |= {"round": summary.index, "loss": summary.loss}
+        event = {"event": "round", "round": summary.index, "rounds": rounds, "loss": summary.loss}
     if summary.stage is not None:
         window = summary.stage.window
         event |= {"stage": summary.stage.kind, "window": [window.start, window.stop], "sweep": summary.stage.sweep}

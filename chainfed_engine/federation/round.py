@@ -30,7 +30,8 @@ def run_rounds(
         replies = Timed(transport.exchange(tasks))
         summary = server.receive(replies)
         server_seconds = time.perf_counter() - started - replies.seconds
-        emit(exchange_event(summary, seconds={"transport": replies.seconds, "server": server_seconds}))
+        seconds = {"transport": replies.seconds, "server": server_seconds}
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds))
         directory.save(server.state())
         after_exchange(summary)
 

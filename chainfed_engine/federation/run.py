@@ -6,7 +6,7 @@ a restart the server no longer relies on what clients hold).
 
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from chainfed_engine.client import Client
@@ -16,7 +16,7 @@ from chainfed_engine.federation.round import run_rounds
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import Transport
 from chainfed_engine.server import Server, Summary
-from chainfed_engine.types import Arrays
+from chainfed_engine.types import Arrays, Reply, Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def fit(
     """Run `server` (fresh, of the run's own configuration) to its end.
 
     `evaluator` scores the whole model every `eval_every` rounds and at the end (None: never). `on_event` sees every
-    line of metrics.jsonl as it is written. `measure_memory`: the figures of a `memory` event.
+    line of metrics.jsonl as it is written, and `phase` and `step` events (one a profile) for a progress bar.
+    `measure_memory`: the figures of a `memory` event.
     """
     return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume)
 
@@ -64,7 +65,7 @@ class _Run:
         measure_memory: Callable[[], Mapping[str, int]],
     ) -> None:
         self._server = server
-        self._transport = transport
+        self._transport = _Watched(transport, self._notify)
         self._evaluator = evaluator
         self._directory = directory
         self._on_event = on_event
@@ -121,6 +122,7 @@ class _Run:
         self._directory.save_adapters(server.parameters(), about)
         if self._evaluator is None:
             return
+        self._notify({"event": "phase", "name": "evaluate", "total": None})
         reply = self._evaluator.handle(server.evaluation_task(self._evaluator.name))
         if reply.error is not None:
             raise ChainfedError(f"evaluation after round {self._last_round}: {reply.error}")
@@ -133,5 +135,25 @@ class _Run:
 
     def _emit(self, event: Event) -> None:
         self._directory.record(event)
+        self._notify(event)
+
+    def _notify(self, event: Event) -> None:
         if self._on_event is not None:
             self._on_event(event)
+
+
+class _Watched:
+    """A transport that tells of each profile as it comes, so that a long pass shows that it moves."""
+
+    def __init__(self, transport: Transport, notify: Callable[[Event], None]) -> None:
+        self._transport = transport
+        self._notify = notify
+
+    def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        profiles = any(task.kind == "profile" for task in tasks)
+        if profiles:
+            self._notify({"event": "phase", "name": "profile", "total": len(tasks)})
+        for reply in self._transport.exchange(tasks):
+            if profiles:  # rounds count themselves
+                self._notify({"event": "step"})
+            yield reply

@@ -15,9 +15,12 @@ from chainfed_engine import native
 class Head(Protocol):
     """Vocabulary rows in shards; each is leased while it is used."""
 
-    activation: str
-    block_format: str
-    max_shard_rows: int
+    @property
+    def activation(self) -> str: ...
+    @property
+    def block_format(self) -> str: ...
+    @property
+    def max_shard_rows(self) -> int: ...
 
     def shards(self) -> Iterable[tuple[native.Matrix, int]]: ...
 

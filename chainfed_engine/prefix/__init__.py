@@ -61,7 +61,7 @@ class Prefix:
         return self._encode(hidden, batch, layer)[1]
 
     def run_layer(self, layer: int, hidden: Tensor, context: LayerContext, *, adapter_follows: bool = True) -> Tensor:
-        """One layer [B, T, D] -> [B, T, D] with its adapter; `adapter_follows` False leaves out one that is fused later."""
+        """One layer [B, T, D] -> [B, T, D] with its adapter; `adapter_follows` False leaves out a bottleneck."""
         adapter = self.adapters[layer]
         left_out = not adapter.is_trained or (isinstance(adapter, Bottleneck) and not adapter_follows)
         return self.model.run_layer(layer, hidden, context, None if left_out else adapter)

@@ -30,7 +30,10 @@ void check_range(const FileEntry& entry, const TensorEntry& tensor, const char* 
              " [" + std::to_string(tensor.num_rows) + ", " + std::to_string(tensor.num_cols) + "] needs " +
              std::to_string(expected_bytes));
   }
-  if (bytes == 0 && offset == 0) return;
+  if (bytes == 0) {
+    if (offset != 0) fail(entry, tensor, std::string(part) + " of 0 bytes must have offset 0");
+    return;
+  }
   if (offset < 0 || offset % alignment != 0) {
     fail(entry, tensor,
          std::string(part) + " start at offset " + std::to_string(offset) + ", expected a multiple of " +

@@ -1,0 +1,42 @@
+"""Keep freed memory from staying with the process: the C allocator's settings, and a call that returns what is free.
+
+`keep_heap_lean` belongs at the very start of a program, before torch is imported; `trim` after a stage. Both act on
+the whole process, so a library must not call `keep_heap_lean` for its user.
+"""
+
+import ctypes
+import gc
+
+from chainfed_engine import native
+from chainfed_engine.memory.meter import rss_bytes
+
+# mallopt parameters (glibc's malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+# Blocks from this size on are mapped alone and leave with their free(). It is glibc's starting value: setting it stops
+# glibc from raising it to 32 MiB, which keeps activations of that size in the heap for good.
+_MMAP_THRESHOLD_BYTES = 128 << 10
+# Free memory at the top of the heap beyond this goes back at once.
+_TRIM_THRESHOLD_BYTES = 1 << 20
+# Each arena keeps free blocks of its own; by default there are eight a core.
+_MAX_ARENAS = 2
+
+
+def keep_heap_lean() -> bool:
+    """Set the allocator so that returned heap goes back to the system. False where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    settings = {
+        _M_ARENA_MAX: _MAX_ARENAS,
+        _M_MMAP_THRESHOLD: _MMAP_THRESHOLD_BYTES,
+        _M_TRIM_THRESHOLD: _TRIM_THRESHOLD_BYTES,
+    }
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+
+
+def trim() -> int:
+    """Collect garbage and give free heap pages back to the system; bytes by which the resident set shrank."""
+    before = rss_bytes()
+    gc.collect()
+    native.trim_heap()
+    return max(0, before - rss_bytes())
