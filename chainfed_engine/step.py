@@ -54,7 +54,7 @@ class StageTrainer:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
             classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
-                classifier.pooling, classifier.pool, model.final_norm, classifier.score
+                classifier.pooling, classifier.pool, model.final_norm, classifier.logits
             )
         else:
             if model.head is None:

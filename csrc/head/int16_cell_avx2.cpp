@@ -34,7 +34,8 @@ void quantize_cell_avx2(const Cell& cell, Int16Cell* out) {
     largest = _mm_max_ps(largest, weight);
     sum = _mm_add_ps(sum, weight);
   }
-  const __m128 scale = _mm_max_ps(_mm_div_ps(largest, _mm_set1_ps(kLargestInt16)), _mm_div_ps(sum, _mm_set1_ps(kWeightSum)));
+  const __m128 scale =
+      _mm_max_ps(_mm_div_ps(largest, _mm_set1_ps(kLargestInt16)), _mm_div_ps(sum, _mm_set1_ps(kWeightSum)));
   const __m128 factor = inverse_or_zero(scale);
   _mm_storeu_ps(out->scale, scale);
   out->num_pairs = (cell.count + 1) / 2;
@@ -94,8 +95,10 @@ void accumulate_int16_avx2(const Int16Cell& cell, const Int16Panel& panel, float
     for (int64_t t = 0; t < kBlockTokens; ++t) {
       const __m256 scale = _mm256_set1_ps(cell.scale[t]);
       float *g = grad[t] + 8 * half, *h = grad[t] + 16 + 8 * half;
-      _mm256_storeu_ps(g, _mm256_fmadd_ps(_mm256_cvtepi32_ps(left[t]), _mm256_mul_ps(scale, scale_left), _mm256_loadu_ps(g)));
-      _mm256_storeu_ps(h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(right[t]), _mm256_mul_ps(scale, scale_right), _mm256_loadu_ps(h)));
+      _mm256_storeu_ps(
+          g, _mm256_fmadd_ps(_mm256_cvtepi32_ps(left[t]), _mm256_mul_ps(scale, scale_left), _mm256_loadu_ps(g)));
+      _mm256_storeu_ps(
+          h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(right[t]), _mm256_mul_ps(scale, scale_right), _mm256_loadu_ps(h)));
     }
   }
 }

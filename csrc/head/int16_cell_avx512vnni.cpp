@@ -21,8 +21,10 @@ void accumulate_int16_avx512vnni(const Int16Cell& cell, const Int16Panel& panel,
   const __m512 scale_left = _mm512_load_ps(panel.scale), scale_right = _mm512_load_ps(panel.scale + 16);
   for (int64_t t = 0; t < kBlockTokens; ++t) {
     const __m512 scale = _mm512_set1_ps(cell.scale[t]);
-    const __m512 g = _mm512_fmadd_ps(_mm512_cvtepi32_ps(left[t]), _mm512_mul_ps(scale, scale_left), _mm512_loadu_ps(grad[t]));
-    const __m512 h = _mm512_fmadd_ps(_mm512_cvtepi32_ps(right[t]), _mm512_mul_ps(scale, scale_right), _mm512_loadu_ps(grad[t] + 16));
+    const __m512 g =
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(left[t]), _mm512_mul_ps(scale, scale_left), _mm512_loadu_ps(grad[t]));
+    const __m512 h =
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(right[t]), _mm512_mul_ps(scale, scale_right), _mm512_loadu_ps(grad[t] + 16));
     _mm512_storeu_ps(grad[t], g);
     _mm512_storeu_ps(grad[t] + 16, h);
   }

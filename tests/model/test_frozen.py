@@ -186,7 +186,7 @@ def test_a_bf16_store_is_exact_against_transformers_with_the_same_bf16_weights(
     assert relative_error(model.head.logits(streamed(model, padded_batch)[tokens]), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize(("block_format", "limit"), [("int8", 0.01), ("int4", 0.15), ("nf4", 0.2)])
+@pytest.mark.parametrize(("block_format", "limit"), [("int8", 0.03), ("int4", 0.3), ("nf4", 0.4)])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_quantised_layer_is_near_the_dense_one_and_exact_for_its_decoded_weights(
     checkpoint: Make, padded_batch: Batch, name: str, block_format: str, limit: float
