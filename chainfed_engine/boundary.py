@@ -8,13 +8,14 @@ for other shapes: advancing keeps the groups, so the result depends on the sampl
 """
 
 import hashlib
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ class BoundaryCache:
         self.entries: dict[str, Entry] = {}
         self.num_tokens = 0
         self._records, self._index = _paths(directory, depth)
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
 
     @classmethod
     def open(
@@ -68,7 +69,7 @@ class BoundaryCache:
         if not cache._load():
             return None
         try:
-            cache._file = cache._records.open("r+b", buffering=0)
+            cache._file = io.FileIO(cache._records, "r+b")
         except OSError:
             return None
         return cache
@@ -81,7 +82,7 @@ class BoundaryCache:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             cache._index.unlink(missing_ok=True)
             descriptor = os.open(cache._records, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            cache._file = os.fdopen(descriptor, "r+b", buffering=0)
+            cache._file = io.FileIO(descriptor, "r+b")
         except OSError as error:
             raise _storage_error(error, directory, 0) from error
         return cache
@@ -97,7 +98,7 @@ class BoundaryCache:
 
     def append(self, sample_ids: list[str], lengths: list[int], records: torch.Tensor) -> None:
         """Add one group: records u8 [sum(lengths), record_bytes], sample after sample."""
-        view = records.numpy()
+        view: Any = records.numpy()
         first, rows = self.num_tokens, 0
         for sample_id, length in zip(sample_ids, lengths, strict=True):
             part = view[rows : rows + length]
@@ -119,7 +120,8 @@ class BoundaryCache:
         found = [entry for entry in wanted if entry is not None]
         lengths = [entry.num_tokens for entry in found]
         records = torch.empty(sum(lengths), self.record_bytes, dtype=torch.uint8)
-        target, row = memoryview(records.numpy()), 0
+        array: Any = records.numpy()
+        target, row = memoryview(array), 0
         for entry in found:
             part = target[row : row + entry.num_tokens]
             self._open_file.seek(entry.first_token * self.record_bytes)
@@ -166,7 +168,7 @@ class BoundaryCache:
             self._file = None
 
     @property
-    def _open_file(self) -> BinaryIO:
+    def _open_file(self) -> io.FileIO:
         if self._file is None:
             raise InvalidArgument(f"boundary cache {self._records}: used after close")
         return self._file
@@ -190,7 +192,7 @@ class BoundaryCache:
             groups = [[str(name) for name in group] for group in index["groups"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
-        inside = all(0 <= e.first_token and 0 < e.num_tokens <= num_tokens - e.first_token for e in entries.values())
+        inside = all(e.first_token >= 0 and 0 < e.num_tokens <= num_tokens - e.first_token for e in entries.values())
         if not inside or any(name not in entries for group in groups for name in group):
             return False
         self.entries, self.groups, self.num_tokens = entries, groups, num_tokens
@@ -209,7 +211,7 @@ def _paths(directory: Path, depth: int) -> tuple[Path, Path]:
     return directory / f"depth-{depth:04d}.bin", directory / f"depth-{depth:04d}.json"
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
+def _write_all(file: io.FileIO, data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]
 
@@ -222,5 +224,6 @@ def _storage_error(error: OSError, path: Path, needed: int) -> StorageError:
     except OSError:
         pass
     return StorageError(
-        f"boundary cache {path}: {error.strerror} (writing {needed} bytes{free}); free space or move the cache directory"
+        f"boundary cache {path}: {error.strerror} (writing {needed} bytes{free}); "
+        "free space or move the cache directory"
     )

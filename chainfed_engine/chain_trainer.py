@@ -28,7 +28,7 @@ from chainfed_engine.model.store import LayerStore
 from chainfed_engine.schedule import Schedule
 from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.step import StageTrainer
-from chainfed_engine.types import Arrays, Batch, Stage
+from chainfed_engine.types import Arrays, Batch, Stage, TaskKind
 
 
 class ChainTrainer:
@@ -48,13 +48,13 @@ class ChainTrainer:
     ) -> None:
         self.config = config or ChainConfig()
         self.model = store if isinstance(store, FrozenModel) else FrozenModel(LayerStore.open(Path(store)))
-        task = "classification" if num_labels else "causal-lm"
+        task: TaskKind = "classification" if num_labels else "causal-lm"
         cache_format = "int8" if self.config.cache_format == "auto" else self.config.cache_format
         self._trainer = StageTrainer(
             self.model, self.config, task=task, num_labels=num_labels, cache_format=cache_format
         )
         self._temporary = tempfile.TemporaryDirectory(prefix="chainfed-") if cache_dir is None else None
-        self._cache_dir = Path(cache_dir if self._temporary is None else self._temporary.name)
+        self._cache_dir = Path(self._temporary.name if self._temporary else str(cache_dir))
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
@@ -124,7 +124,9 @@ class ChainTrainer:
         """Take over parameters saved by `state_dict`; unknown keys or shapes raise InvalidArgument."""
         unknown = sorted(set(arrays) - set(self._arrays))
         if unknown:
-            raise InvalidArgument(f"load_state_dict: unknown key {unknown[0]}; expected keys like {next(iter(self._arrays))}")
+            raise InvalidArgument(
+                f"load_state_dict: unknown key {unknown[0]}; expected keys like {next(iter(self._arrays))}"
+            )
         self._trainer.parameters.load(arrays)
         self._arrays.update(arrays)
 
@@ -172,9 +174,15 @@ def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:
     mask = _tensor(batch, "attention_mask") if "attention_mask" in batch else torch.ones_like(ids)
     labels = _tensor(batch, "labels") if batch.get("labels") is not None else None
     types = _tensor(batch, "token_type_ids") if batch.get("token_type_ids") is not None else None
-    if ids.ndim != 2 or mask.shape != ids.shape or (labels is not None and labels.shape not in (ids.shape, ids.shape[:1])):
+    if (
+        ids.ndim != 2
+        or mask.shape != ids.shape
+        or (labels is not None and labels.shape not in (ids.shape, ids.shape[:1]))
+    ):
         shapes = {name: list(value.shape) for name, value in (("input_ids", ids), ("attention_mask", mask))}
-        raise InvalidArgument(f"batch: expected input_ids and attention_mask [B, T], labels [B] or [B, T]; got {shapes}")
+        raise InvalidArgument(
+            f"batch: expected input_ids and attention_mask [B, T], labels [B] or [B, T]; got {shapes}"
+        )
     sample_ids = batch.get("sample_ids")
     sample_ids = token_hashes(ids, mask, types) if sample_ids is None else [str(sample_id) for sample_id in sample_ids]
     if len(sample_ids) != len(ids):
@@ -197,5 +205,7 @@ def token_hashes(ids: Tensor, mask: Tensor, types: Tensor | None) -> list[str]:
 def _tensor(batch: Mapping[str, Any], name: str) -> Tensor:
     value = batch.get(name)
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise InvalidArgument(f"batch: expected {name} as an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        raise InvalidArgument(
+            f"batch: expected {name} as an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
+        )
     return value

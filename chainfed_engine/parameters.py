@@ -56,7 +56,9 @@ class Parameters:
 
     def keys(self, window: Window) -> list[str]:
         """Keys trained in a stage with this window."""
-        layers = {adapter_key(layer, name) for layer in window.layers for name, _ in self.adapters[layer].named_parameters()}
+        layers = {
+            adapter_key(layer, name) for layer in window.layers for name, _ in self.adapters[layer].named_parameters()
+        }
         return [key for key in self._tensors if key in layers or key.startswith("classifier.")]
 
     def export(self, window: Window | None = None) -> Arrays:
@@ -79,7 +81,8 @@ class Parameters:
         digest = hashlib.sha256()
         for name, parameter in self.adapters[layer].named_parameters():
             digest.update(name.encode())
-            digest.update(memoryview(parameter.detach().contiguous().numpy()).cast("B"))
+            array: Any = parameter.detach().contiguous().numpy()
+            digest.update(memoryview(array).cast("B"))
         return digest.hexdigest()
 
     def _changed(self, key: str) -> None:

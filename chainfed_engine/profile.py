@@ -13,7 +13,7 @@ from torch import Tensor
 from chainfed_engine import stand_in
 from chainfed_engine.objective import Readout
 from chainfed_engine.objective.stand_in import unit_rows
-from chainfed_engine.prefix import Prefix, inside, is_active, token_rows
+from chainfed_engine.prefix import Prefix, token_rows
 from chainfed_engine.start_layer import linear_cka
 from chainfed_engine.types import Arrays, Batch
 
@@ -32,10 +32,8 @@ def profile(
     scores = np.empty(model.num_layers)
     rows: dict[int, Tensor] = {}
     for layer in range(model.num_layers):
-        adapter = prefix.adapters[layer]
         for index, context in enumerate(contexts):
-            state = model.run_layer(layer, hidden[index], context, inside(adapter))
-            hidden[index] = adapter(state) if is_active(adapter) else state
+            hidden[index] = prefix.run_layer(layer, hidden[index], context)
         scores[layer] = linear_cka(_tokens(hidden, batches), initial)
         if layer + 1 in depths:
             rows[layer + 1] = _features(hidden, batches, readout, normalise)

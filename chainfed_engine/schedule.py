@@ -27,7 +27,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 1 <= self.window <= self.num_layers:
             raise ConfigError(
-                f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.window}; lower [chain] window"
+                f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.window}; "
+                "lower [chain] window"
             )
         if not 0 <= self.start_layer <= self.num_layers - self.window:
             raise ConfigError(

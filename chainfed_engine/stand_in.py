@@ -53,8 +53,7 @@ def solve(sums: Arrays, *, ridge: float | None = None) -> Arrays:
 def _reduce(rows: Matrix) -> Matrix:
     if len(rows) <= rows.shape[1]:
         return rows
-    reduced: Matrix = np.linalg.qr(rows, mode="r")
-    return reduced
+    return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 def _solve_one(factor: Matrix, ridge: float | None) -> Arrays:
@@ -87,4 +86,4 @@ def _cross_validated(energy: Matrix, projected: Matrix, total: float, count: flo
         residual = total - float(((2.0 - kept) * kept * power).sum())
         freedom = max(count - 1.0 - float(kept.sum()), 1e-9)
         scores.append(residual / freedom**2)
-    return RIDGES[int(np.argmin(scores))]
+    return float(RIDGES[int(np.argmin(scores))])

@@ -22,7 +22,9 @@ def linear_cka(x: Matrix, y: Matrix) -> float:
     Uses the Gram form (tokens x tokens) when there are fewer tokens than features. Constant features give 0.0.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0] or x.shape[0] < 2:
-        raise InvalidArgument(f"linear_cka: expected two [tokens >= 2, features] of equal tokens, got {x.shape}, {y.shape}")
+        raise InvalidArgument(
+            f"linear_cka: expected two [tokens >= 2, features] of equal tokens, got {x.shape}, {y.shape}"
+        )
     x = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
     y = y.astype(np.float64) - y.mean(axis=0, dtype=np.float64)
     if x.shape[0] <= max(x.shape[1], y.shape[1]):

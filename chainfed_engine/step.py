@@ -54,9 +54,13 @@ class StageTrainer:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
             classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
-                classifier.pooling, classifier.pool, model.final_norm, classifier.score
+                classifier.pooling, classifier.pool, model.final_norm, classifier.logits
             )
         else:
+            if model.head is None:
+                raise InvalidArgument(
+                    f"task: {model.shape.architecture} has no LM head; give labels for classification"
+                )
             self.readout = CausalReadout(model.final_norm, model.head)
         self.adapters: dict[int, Adapter] = {
             layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
@@ -64,6 +68,7 @@ class StageTrainer:
         }
         self.parameters = Parameters(self.adapters, classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
+        self.window: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
 
     def begin(
@@ -91,7 +96,9 @@ class StageTrainer:
                 model_key=f"{self.model.fingerprint} {self.model.activation}",
                 adapters_hash=self.parameters.hash_below,
             )
-        self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
+        if self.window is None or self.window.window != window:
+            self.window = None  # the old window's small parameters go before the new one's come
+            self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
         self.objective = self._objective(arrays)
         trained = self.parameters.train_only(window)
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
@@ -103,6 +110,8 @@ class StageTrainer:
 
     def step(self, batch: Batch) -> float:
         """One optimizer update on one batch, micro-batch by micro-batch; returns the loss before it."""
+        if self.window is None:
+            raise InvalidArgument("step: no stage has begun; call begin first")
         total = 0.0
         for micro, share in self._micro_batches(batch):
             boundary = self.boundary(micro)
@@ -112,7 +121,9 @@ class StageTrainer:
             total += float(loss.detach())
         if not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLoss(f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})")
+            raise NonFiniteLoss(
+                f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
@@ -162,7 +173,7 @@ class StageTrainer:
 
     @property
     def normalise(self) -> bool:
-        """Whether rows are taken at unit length for the stand-in: pre-norm models, whose head ignores a row's length."""
+        """Whether the stand-in takes rows at unit length: pre-norm models, whose head ignores a row's length."""
         return self.model.is_pre_norm
 
     def _objective(self, arrays: Arrays) -> Objective:

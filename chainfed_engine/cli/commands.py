@@ -7,7 +7,6 @@ import argparse
 import json
 from pathlib import Path
 
-from chainfed_engine.config import load_config
 from chainfed_engine.sizes import format_size
 
 
@@ -28,9 +27,17 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def synth(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import byte_progress
     from chainfed_engine.model.synth import synth as synthesise
 
-    synthesise(options.shape, options.destination, block_format=options.format)
+    with byte_progress("synth") as progress:
+        synthesise(
+            options.shape,
+            options.destination,
+            block_format=options.format,
+            head_format=options.head_format,
+            progress=progress,
+        )
     print(f"{options.destination}: {_folder_size(options.destination)}, random layers in {options.format}")
     return 0
 
@@ -47,10 +54,12 @@ def plan(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.progress import RunProgress
+    from chainfed_engine.config import load_config
 
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
     with RunProgress(budget_bytes=config.chain.budget) as progress:
+        progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
         api.run(config, out, resume=options.resume, on_event=progress)
@@ -65,7 +74,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores))
     else:
-        print("  ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items()))
+        shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in scores.values())
+        print("  ".join(f"{name} {value}" for name, value in zip(scores, shown, strict=True)))
     return 0
 
 
@@ -80,5 +90,3 @@ def doctor(options: argparse.Namespace) -> int:
 def _folder_size(folder: str) -> str:
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return f"{format_size(sum(path.stat().st_size for path in files))} in {len(files)} files"
-
-

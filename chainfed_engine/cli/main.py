@@ -53,14 +53,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_store_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = subparsers.add_parser("convert", help="a checkpoint (folder, hub id or GGUF file) into a layer store")
-    convert.add_argument("source", metavar="SRC", help="Hugging Face folder or hub id with safetensors, or a .gguf file")
+    convert.add_argument("source", metavar="SRC", help="folder or hub id with safetensors, or a .gguf file")
     convert.add_argument("destination", metavar="DST", help="folder of the store to write")
     _add_format(convert)
-    convert.add_argument("--head-format", choices=BLOCK_FORMATS, help="format of embeddings and head")
     convert.set_defaults(command=commands.convert)
 
     synth = subparsers.add_parser("synth", help="a store of a given shape with random weights, for trials of memory")
-    synth.add_argument("--shape", required=True, metavar="NAME|CONFIG.json", help="for example llama-3.2-1b, bert-large")
+    synth.add_argument("--shape", required=True, metavar="NAME|CONFIG.json", help="such as llama-3.2-1b, bert-large")
     synth.add_argument("destination", metavar="DST", help="folder of the store to write")
     _add_format(synth)
     synth.set_defaults(command=commands.synth)
@@ -99,7 +98,8 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of the layers' matrices (default: int4)")
+    parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of layers (default: int4)")
+    parser.add_argument("--head-format", choices=BLOCK_FORMATS, help="of embeddings and head")
 
 
 def _size(text: str) -> int:

@@ -133,7 +133,9 @@ def _from_fastest(request: Request) -> Iterator[Choices]:
         micro_batches.append((micro_batches[-1] + 1) // 2)
     trained = _window_layers(config, request.shape.num_layers)
     slots: list[int | None] = [None]
-    slots += [count for count in (trained + 2, 3, 2) if count < request.sizes.num_layers + request.sizes.num_head_shards]
+    slots += [
+        count for count in (trained + 2, 3, 2) if count < request.sizes.num_layers + request.sizes.num_head_shards
+    ]
     for num_slots in slots:
         for recompute in (False, True):
             for micro_batch in micro_batches:
@@ -149,7 +151,9 @@ def _weights(request: Request, choices: Choices) -> dict[str, int]:
 
 
 def _window_layers(config: ChainConfig, num_layers: int) -> int:
-    return {"full-adapters": num_layers, "linear-probe": 0, "none": 0}.get(config.method, min(config.window, num_layers))
+    return {"full-adapters": num_layers, "linear-probe": 0, "none": 0}.get(
+        config.method, min(config.window, num_layers)
+    )
 
 
 def _adapter_bytes(request: Request) -> int:
@@ -164,7 +168,12 @@ def saved_floats(shape: ModelShape) -> int:
     """Floats a token that one layer keeps for the backward pass (frozen linears keep none)."""
     attention = shape.num_heads * shape.head_dim
     if is_decoder(shape):
-        return 4 * shape.hidden_size + 4 * attention + 4 * shape.num_kv_heads * shape.head_dim + 3 * shape.intermediate_size
+        return (
+            4 * shape.hidden_size
+            + 4 * attention
+            + 4 * shape.num_kv_heads * shape.head_dim
+            + 3 * shape.intermediate_size
+        )
     return 6 * shape.hidden_size + 4 * attention + shape.intermediate_size
 
 

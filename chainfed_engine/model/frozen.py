@@ -89,8 +89,8 @@ class FrozenHead:
 
     def __init__(self, store: LayerStore, compute: Compute) -> None:
         self._store, self._compute = store, compute
-        self.activation: Activation = compute.activation
-        self.block_format = store.info.head_format
+        self.activation: str = compute.activation
+        self.block_format: str = store.info.head_format
         self.num_rows = store.info.shape.vocab_size
         self.max_shard_rows = max(shard.num_rows for shard in store.head_shards)
 

@@ -32,8 +32,19 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=_size(config, "vocab_size"),
-        max_positions=_size(config, "max_position_embeddings"),
+        max_positions=_max_positions(config, architecture),
     )
+
+
+def _max_positions(config: dict[str, Any], architecture: str) -> int:
+    """Tokens a sequence may have. RoBERTa's first token reads row pad_token_id + 1 of the position table."""
+    rows = _size(config, "max_position_embeddings")
+    if architecture != "roberta":
+        return rows
+    pad_token_id = config.get("pad_token_id", 1)
+    if type(pad_token_id) is not int or not 0 <= pad_token_id < rows - 1:
+        raise UnsupportedModel(f"config: pad_token_id is {pad_token_id!r:.100}; expected 0 .. {rows - 2}")
+    return rows - pad_token_id - 1
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:

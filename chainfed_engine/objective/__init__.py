@@ -85,7 +85,9 @@ class ClassificationReadout:
 
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
         labels = require_labels(batch)
-        losses = [weight * cross_entropy(self.logits(rows), labels) for rows, weight in zip(branches, weights, strict=True)]
+        losses = [
+            weight * cross_entropy(self.logits(rows), labels) for rows, weight in zip(branches, weights, strict=True)
+        ]
         return torch.stack(losses).sum()
 
 
@@ -111,7 +113,9 @@ class CausalReadout:
     def targets(self, batch: Batch) -> Tensor:
         targets = require_labels(batch)[:, 1:][_carries_label(batch)]
         if len(targets) == 0:
-            raise InvalidArgument("objective: no token of the batch carries a label; drop such batches or raise sequence_length")
+            raise InvalidArgument(
+                "objective: no token of the batch carries a label; drop such batches or raise sequence_length"
+            )
         return targets
 
     def token_losses(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -15,22 +15,28 @@ from chainfed_engine import native
 class Head(Protocol):
     """Vocabulary rows in shards; each is leased while it is used."""
 
-    activation: str
-    block_format: str
-    max_shard_rows: int
+    @property
+    def activation(self) -> str: ...
+    @property
+    def block_format(self) -> str: ...
+    @property
+    def max_shard_rows(self) -> int: ...
 
     def shards(self) -> Iterable[tuple[native.Matrix, int]]: ...
 
 
-def head_losses(hidden: Tensor, targets: Tensor, head: Head, *, token_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Losses f32 [T] of hidden rows f32 [T, D] for int64 targets [T]; with `token_weight` [T] also d(sum(w * loss))/d hidden."""
+def head_losses(
+    hidden: Tensor, targets: Tensor, head: Head, *, token_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses f32 [T] of hidden rows f32 [T, D] for int64 targets [T]; with `token_weight` [T] also the gradient of
+    sum(token_weight * loss) by hidden, f32 [T, D]."""
     count, width = hidden.shape
     grad = torch.zeros_like(hidden) if token_weight is not None else None
     target_row = torch.zeros_like(hidden) if token_weight is not None else None
     running_max = torch.full((count,), -torch.inf)
     running_sum, target_logit, losses = torch.zeros(count), torch.zeros(count), torch.empty(count)
     size = native.cross_entropy_workspace_bytes(head.block_format, count, head.max_shard_rows, width)
-    workspace = native.workspace(size)
+    workspace = torch.empty(size, dtype=torch.uint8)
     for shard, first_row in head.shards():
         native.cross_entropy_update(
             shard,
@@ -72,5 +78,5 @@ class _WeightedHeadLoss(torch.autograd.Function):
 
 def weighted_head_loss(hidden: Tensor, targets: Tensor, token_weight: Tensor, head: Head) -> Tensor:
     """sum_t token_weight[t] * cross_entropy(hidden[t] W^T, targets[t]), differentiable in hidden [T, D] only."""
-    loss: Tensor = _WeightedHeadLoss.apply(hidden, targets, token_weight, head)
+    loss: Tensor = _WeightedHeadLoss.apply(hidden, targets, token_weight, head)  # type: ignore[no-untyped-call]
     return loss

@@ -6,14 +6,13 @@ over all of them. `first_records` encodes what reaches a boundary, the last adap
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from chainfed_engine import native
 from chainfed_engine.adapters import Adapter, Bottleneck
-from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.model.families.base import LayerContext
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.types import Batch
 
@@ -31,7 +30,9 @@ class Prefix:
         self.record_bytes = native.record_bytes(cache_format, model.shape.hidden_size)
 
     @torch.no_grad()
-    def sweep(self, batches: Iterable[Batch], layers: range, *, last_adapter: bool = True) -> Iterator[tuple[Batch, Tensor]]:
+    def sweep(
+        self, batches: Iterable[Batch], layers: range, *, last_adapter: bool = True
+    ) -> Iterator[tuple[Batch, Tensor]]:
         """Each batch with its hidden state [B, T, D] after `layers` (from 0); `last_adapter`: the top one's too."""
         chunk: list[Batch] = []
         held = 0
@@ -56,8 +57,14 @@ class Prefix:
         """Records entering `layer` -> records leaving it (and its adapter), for one group."""
         batch = masked_batch(lengths)
         hidden = self.decode(records, batch)
-        hidden = self.model.run_layer(layer, hidden, self.model.context(batch), inside(self.adapters[layer]))
+        hidden = self.run_layer(layer, hidden, self.model.context(batch), adapter_follows=False)
         return self._encode(hidden, batch, layer)[1]
+
+    def run_layer(self, layer: int, hidden: Tensor, context: LayerContext, *, adapter_follows: bool = True) -> Tensor:
+        """One layer [B, T, D] -> [B, T, D] with its adapter; `adapter_follows` False leaves out a bottleneck."""
+        adapter = self.adapters[layer]
+        left_out = not adapter.is_trained or (isinstance(adapter, Bottleneck) and not adapter_follows)
+        return self.model.run_layer(layer, hidden, context, None if left_out else adapter)
 
     def decode(self, records: Tensor, batch: Batch) -> Tensor:
         """Hidden state f32 [B, T, D] of packed records, zeros in the padding of `batch`."""
@@ -71,11 +78,9 @@ class Prefix:
         hidden = [self.model.embed(batch) for batch in chunk]
         contexts = [self.model.context(batch) for batch in chunk]
         for layer in layers:
-            adapter = self.adapters[layer]
-            after = is_active(adapter) and (last_adapter or layer != layers[-1])
+            follows = last_adapter or layer != layers[-1]
             for index, context in enumerate(contexts):
-                state = self.model.run_layer(layer, hidden[index], context, inside(adapter))
-                hidden[index] = adapter(state) if after else state
+                hidden[index] = self.run_layer(layer, hidden[index], context, adapter_follows=follows)
         for index, batch in enumerate(chunk):
             state, hidden[index] = hidden[index], torch.empty(0)
             yield batch, state
@@ -92,11 +97,6 @@ class Prefix:
         return lengths, records
 
 
-def inside(adapter: Adapter) -> Adapter | None:
-    """The adapter if it works inside its layer (LoRA), None if it follows the layer (bottleneck)."""
-    return None if isinstance(adapter, Bottleneck) else adapter
-
-
 def is_active(adapter: Adapter) -> bool:
     """Whether it is a bottleneck that changes its input: an untrained one is the identity and is left out."""
     return isinstance(adapter, Bottleneck) and adapter.is_trained
@@ -110,16 +110,9 @@ def bottleneck_tensors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def token_rows(batch: Batch) -> tuple[Tensor, list[int]]:
-    """Rows of the flattened [B * T] batch that hold tokens, and tokens a sequence; padding must be on the right."""
+    """Rows of the flattened [B * T] batch that hold tokens, and tokens a sequence; the model checked the padding."""
     mask = batch.attention_mask
-    lengths = mask.sum(dim=1)
-    expected = torch.arange(mask.shape[1]) < lengths[:, None]
-    if not torch.equal(mask.bool(), expected) or int(lengths.min()) < 1:
-        raise InvalidArgument(
-            "batch: expected sequences of at least one token padded on the right (attention_mask 1..1 0..0); "
-            "set the tokenizer's padding_side to 'right'"
-        )
-    return mask.reshape(-1).nonzero().squeeze(1), [int(n) for n in lengths]
+    return mask.reshape(-1).nonzero().squeeze(1), mask.sum(dim=1).tolist()
 
 
 def masked_batch(lengths: list[int]) -> Batch:

@@ -1,9 +1,9 @@
 """Supplies the boundary of a stage to the window: from the cache where it can, through the prefix where it must.
 
-Records at a depth are defined as: one straight run to the `origin` depth (the chain's start layer), one encoding there,
-then one decode - layer - encode a further layer. So they are a pure function of sample, adapters and origin, however
-often a site was away, and a run that lost its cache ends with the same bits. Two depths are kept: the origin, which never
-goes stale because nothing below it is trained, and the one in use.
+Records at a depth are defined as: one straight run to the `origin` depth (the chain's start layer), one encoding
+there, then one decode - layer - encode a further layer. So they are a pure function of sample, adapters and origin,
+however often a site was away, and a run that lost its cache ends with the same bits. Two depths are kept: the origin,
+which never goes stale because nothing below it is trained, and the one in use.
 """
 
 from collections.abc import Callable, Sequence
@@ -116,13 +116,28 @@ class BoundarySupply:
         return target
 
     def _open(self, depth: int) -> BoundaryCache | None:
-        return BoundaryCache.open(self.directory, depth, self._key(depth), **self._format())
+        return BoundaryCache.open(
+            self.directory,
+            depth,
+            self._key(depth),
+            cache_format=self.prefix.cache_format,
+            hidden_size=self._hidden_size,
+        )
 
     def _create(self, depth: int) -> BoundaryCache:
-        return BoundaryCache.create(self.directory, depth, self._key(depth), **self._format())
+        return BoundaryCache.create(
+            self.directory,
+            depth,
+            self._key(depth),
+            cache_format=self.prefix.cache_format,
+            hidden_size=self._hidden_size,
+        )
 
-    def _format(self) -> dict[str, str | int]:
-        return {"cache_format": self.prefix.cache_format, "hidden_size": self.prefix.model.shape.hidden_size}
+    @property
+    def _hidden_size(self) -> int:
+        return self.prefix.model.shape.hidden_size
 
     def _key(self, depth: int) -> str:
-        return cache_key(self._model_key, self.prefix.cache_format, str(self.origin), str(depth), self._adapters_hash(depth))
+        return cache_key(
+            self._model_key, self.prefix.cache_format, str(self.origin), str(depth), self._adapters_hash(depth)
+        )

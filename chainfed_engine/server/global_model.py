@@ -1,6 +1,6 @@
 """Which of the global parameters a stage trains and which it needs. Owns them: adapters, classifier, stand-ins.
 
-In: float32 arrays under their keys. Out: read-only arrays and their versions, by stage. No schedule, no clients.
+In: float32 arrays under their keys. Out: arrays and their versions, by stage; they are shared, nobody writes to them.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,14 @@ class GlobalModel:
         initial: Mapping[str, np.ndarray],
         task: TaskKind,
         *,
+        num_layers: int,
         trained_layers: range,
         uses_later_adapters: bool,
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
         self._trains_classifier = task == "classification"
+        self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
@@ -48,22 +50,29 @@ class GlobalModel:
         classifier = self._trained.classifier_keys() if self._trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
 
-    def needed(self, stage: Stage | None) -> tuple[Arrays, dict[str, str]]:
-        """Arrays and versions of all that the model at this stage is made of; None: the whole model.
+    def needed(self, stage: Stage | None, start_layer: int) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of all that the model at this stage is made of; None: adapters before any training.
 
-        Untrained adapters (the identity) are left out unless they are about to be trained.
+        An adapter that no window has reached yet is the identity and left out. One that a window has reached goes
+        along even if its updates were refused: sites that share a model in memory must not see each other's.
         """
         layers = self._trained.trained_layers()
         stand_ins: list[str] = []
-        if stage is not None:
+        if stage is not None and stage.kind == "window":
+            reached = stage.window.stop if stage.sweep == 0 else self._num_layers
+            layers |= set(range(start_layer, reached))
             if not self._uses_later_adapters:
-                layers = {layer for layer in layers if layer < stage.window.stop}
-            layers |= set(stage.window.layers)
+                layers &= set(range(stage.window.stop))
             prefix = stand_in_key(stage.window.stop, "")
             stand_ins = [key for key in self._stand_ins.sorted_keys() if key.startswith(prefix)]
         keys = [*self._trained.layer_keys(layers), *self._trained.classifier_keys()]
         arrays = {**self._trained.select(keys), **self._stand_ins.select(stand_ins)}
         return arrays, {**self._trained.versions(keys), **self._stand_ins.versions(stand_ins)}
+
+    def everything(self) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
+        keys = self._trained.sorted_keys()
+        return self._trained.select(keys), self._trained.versions(keys)
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters or the classifier."""

@@ -1,4 +1,4 @@
-"""The global parameters with a version each. Owns its arrays: read-only, replaced, never changed in place.
+"""The global parameters with a version each. Owns its arrays: replaced, never changed in place.
 
 A version is a fingerprint of dtype, shape and bytes, so a parameter that did not change is never sent again, and a
 client that kept its copy across a restart of the server is still right about it.
@@ -14,7 +14,7 @@ from chainfed_engine.types import Arrays, layer_of_key
 
 
 class Parameters:
-    """Float32 arrays under their keys. Reads give views that cannot be written; `replace` installs new values."""
+    """Float32 arrays under their keys. Reads share the arrays, nobody writes to them; `replace` installs new ones."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays: Arrays = {}
@@ -24,7 +24,7 @@ class Parameters:
 
     def replace(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install copies of `arrays`; all-or-nothing."""
-        copies = {key: _frozen_copy(key, array) for key, array in arrays.items()}
+        copies = {key: _checked_copy(key, array) for key, array in arrays.items()}
         self._arrays.update(copies)
         self._versions.update({key: _fingerprint(array) for key, array in copies.items()})
         for layer in {layer_of_key(key) for key in copies} - {None}:
@@ -57,14 +57,12 @@ class Parameters:
         return bool(up) and not any(self._arrays[key].any() for key in up)
 
 
-def _frozen_copy(key: str, array: np.ndarray) -> np.ndarray:
+def _checked_copy(key: str, array: np.ndarray) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         raise InvalidArgument(f"parameter {key}: expected a float32 array, got {getattr(array, 'dtype', type(array))}")
     if not np.isfinite(array).all():
         raise InvalidArgument(f"parameter {key}: expected finite values, got NaN or infinity")
-    copy = np.array(array, order="C", copy=True)
-    copy.flags.writeable = False
-    return copy
+    return np.array(array, order="C", copy=True)
 
 
 def _fingerprint(array: np.ndarray) -> str:

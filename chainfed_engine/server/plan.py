@@ -30,8 +30,8 @@ class Plan:
             )
         if self.task != "classification" and self._trains_classifier_alone():
             raise ConfigError(
-                f"expected a classification task for {'linear-probe' if self.config.method == 'linear-probe' else 'probe_rounds'}, "
-                f"got {self.task}: it has no classifier to train"
+                f"linear-probe and probe_rounds: expected a classification task, got {self.task}; "
+                "it has no classifier to train"
             )
 
     @property

@@ -61,7 +61,7 @@ class ProfileCollector:
     def start_layer(self, config: ChainConfig) -> int:
         return choose_start_layer(self.scores, threshold=config.threshold, window=config.window)
 
-    def stand_ins(self, depths: range, *, ridge: float) -> Arrays:
+    def stand_ins(self, depths: range, *, ridge: float | None) -> Arrays:
         """The solved maps at `depths`; statistics of other depths, and then all, are dropped."""
         solved: Arrays = {}
         for depth in depths:

@@ -53,6 +53,7 @@ class Server:
         self._model = GlobalModel(
             initial,
             task,
+            num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0,
         )
@@ -91,7 +92,7 @@ class Server:
         return self._start_layer
 
     def parameters(self) -> Arrays:
-        """All adapters and the classifier: float32, read-only."""
+        """All adapters and the classifier: float32, shared, not to be written to."""
         return self._model.parameters()
 
     # -- tasks ---------------------------------------------------------------------------------------------------
@@ -111,30 +112,30 @@ class Server:
 
     def evaluation_task(self, client: str) -> Task:
         """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
-        arrays, versions = self._model.needed(None)
-        settings = {"method": self.config.method, "batch_size": self.config.batch_size}
-        return Task("evaluate", client, self._round_id, None, arrays, settings, versions)
+        arrays, versions = self._model.everything()
+        return Task("evaluate", client, self._round_id, None, arrays, {"batch_size": self.config.batch_size}, versions)
 
     def _profile_tasks(self) -> list[Task]:
         attempt = self._profile_attempts
         depths = self._plan.stand_in_depths(None)
         cohort = self._cohort(self.config.profile_clients, PROFILE_STREAM, attempt)
-        settings = {
-            "batch_size": self.config.batch_size,
-            "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
-            "depth_start": depths.start,
-            "depth_stop": depths.stop,
-        }
-        return [
-            Task(
-                "profile", name, attempt, None, settings={**settings, "seed": self._seed(PROFILE_STREAM, attempt, name)}
-            )
-            for name in cohort
-        ]
+        needed, versions = self._model.needed(None, 0)
+        tasks = []
+        for name in cohort:
+            settings: dict[str, Scalar] = {
+                "batch_size": self.config.batch_size,
+                "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
+                "depth_start": depths.start,
+                "depth_stop": depths.stop,
+                "seed": self._seed(PROFILE_STREAM, attempt, name),
+            }
+            arrays = self._lacking(name, needed, versions)
+            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions))
+        return tasks
 
     def _train_tasks(self) -> list[Task]:
         stage = self._stage()
-        everything, versions = self._model.needed(stage)
+        needed, versions = self._model.needed(stage, self._known_start_layer())
         config, tasks = self.config, []
         for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
             settings: dict[str, Scalar] = {
@@ -145,9 +146,12 @@ class Server:
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
             }
-            arrays = {key: everything[key] for key in self._holdings.lacking(name, versions)}
+            arrays = self._lacking(name, needed, versions)
             tasks.append(Task("train", name, self._round_id, stage, arrays, settings, versions))
         return tasks
+
+    def _lacking(self, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
+        return {key: needed[key] for key in self._holdings.lacking(client, versions)}
 
     # -- replies -------------------------------------------------------------------------------------------------
 
@@ -163,7 +167,8 @@ class Server:
         bytes_up = 0
         for reply in replies:
             bytes_up += _num_bytes(reply.arrays)
-            reason = collector.add(reply) if reply.client in pending else "not asked in this round"
+            asked = isinstance(reply.client, str) and reply.client in pending
+            reason = collector.add(reply) if asked else "not asked in this round"
             if reason is not None:
                 rejected[one_line(reply.client)] = reason
         self._pending = None
@@ -172,7 +177,12 @@ class Server:
         if isinstance(collector, ProfileCollector):
             summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
         else:
-            summary = self._finish_round(collector, rejected, pending, bytes_down, bytes_up)
+            summary = self._finish_round(collector, rejected, bytes_down, bytes_up)
+        for client, task in pending.items():
+            if client in summary.clients:
+                self._holdings.confirm(client, task.versions)
+            else:
+                self._holdings.forget(client)
         if summary.accepted:
             self._rejections, self._only_non_finite = [], True
         else:
@@ -214,18 +224,12 @@ class Server:
         self,
         collector: UpdateCollector,
         rejected: dict[str, str],
-        pending: dict[str, Task],
         bytes_down: int,
         bytes_up: int,
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
         if collector.usable:
             self._model.update(federated_average(collector.usable))
-        for client, task in pending.items():
-            if client in collector.usable:
-                self._holdings.confirm(client, task.versions)
-            else:
-                self._holdings.forget(client)
         self._round_id += 1
         return Summary(
             "round",
@@ -244,7 +248,7 @@ class Server:
     # -- save and restore ----------------------------------------------------------------------------------------
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
-        """Everything the rest of the run depends on: parameters and stand-ins (read-only), and a JSON-able record."""
+        """Everything the rest of the run depends on: parameters and stand-ins (shared), and a JSON-able record."""
         progress = saved.Progress(
             round_id=self._round_id,
             profile_attempts=self._profile_attempts,

@@ -1,7 +1,75 @@
+// The quantised linear: forward and grad-input.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bind/array.h"
 #include "bind/functions.h"
+#include "bind/matrix.h"
+#include "chainfed/error.h"
+#include "chainfed/kernels.h"
 
 namespace chainfed::bind {
+namespace {
 
-void bind_gemm(pybind11::module_&) {}
+using WorkspaceBytes = int64_t (*)(BlockFormat, int64_t, int64_t, int64_t);
+
+Activation parse_activation(const Arguments& args, const std::string& name) {
+  if (name == "int8") return Activation::int8;
+  if (name == "f32") return Activation::f32;
+  args.fail("activation must be int8 or f32, got " + name);
+}
+
+void forward(const Matrix& matrix, py::handle x_object, py::handle bias_object, const std::string& activation_name,
+             py::handle out_object, py::handle workspace_object) {
+  Arguments args("linear_forward");
+  const MatrixView& w = matrix.view(args);
+  const Activation activation = parse_activation(args, activation_name);
+  const Array& x = args.input("x", x_object, Dtype::f32, {kAny, w.num_cols});
+  const Array& bias = args.optional_input("bias", bias_object, Dtype::f32, {w.num_rows});
+  const Array& out = args.output("out", out_object, Dtype::f32, {x.size(0), w.num_rows});
+  const Array& workspace =
+      args.workspace(workspace_object, linear_forward_workspace_bytes(w.format, x.size(0), w.num_rows, w.num_cols));
+  args.check_aliases();
+  // `args` and the caller's reference to `matrix` keep all memory alive while the GIL is released.
+  py::gil_scoped_release nogil;
+  linear_forward(w, x.as<float>(), x.size(0), bias.as<float>(), activation, out.mutable_as<float>(),
+                 workspace.mutable_data());
+}
+
+void grad_input(const Matrix& matrix, py::handle grad_object, py::handle out_object, py::handle workspace_object) {
+  Arguments args("linear_grad_input");
+  const MatrixView& w = matrix.view(args);
+  const Array& grad_out = args.input("grad_out", grad_object, Dtype::f32, {kAny, w.num_rows});
+  const Array& out = args.output("out", out_object, Dtype::f32, {grad_out.size(0), w.num_cols});
+  const Array& workspace = args.workspace(
+      workspace_object, linear_grad_input_workspace_bytes(w.format, grad_out.size(0), w.num_rows, w.num_cols));
+  args.check_aliases();
+  py::gil_scoped_release nogil;
+  linear_grad_input(w, grad_out.as<float>(), grad_out.size(0), out.mutable_as<float>(), workspace.mutable_data());
+}
+
+void bind_workspace_bytes(py::module_& module, const char* name, WorkspaceBytes bytes) {
+  module.def(
+      name,
+      [name, bytes](const std::string& block_format, int64_t num_tokens, int64_t num_rows, int64_t num_cols) {
+        if (num_tokens < 0 || num_rows < 1 || num_cols < 1) {
+          throw InvalidArgument(std::string(name) + ": needs num_tokens >= 0, num_rows >= 1 and num_cols >= 1");
+        }
+        return bytes(parse_block_format(block_format.c_str()), num_tokens, num_rows, num_cols);
+      },
+      py::arg("block_format"), py::arg("num_tokens"), py::arg("num_rows"), py::arg("num_cols"));
+}
+
+}  // namespace
+
+void bind_gemm(py::module_& module) {
+  module.def("linear_forward", &forward, py::arg("matrix"), py::arg("x"), py::arg("bias").none(true), py::kw_only(),
+             py::arg("activation"), py::arg("out"), py::arg("workspace"));
+  module.def("linear_grad_input", &grad_input, py::arg("matrix"), py::arg("grad_out"), py::kw_only(), py::arg("out"),
+             py::arg("workspace"));
+  bind_workspace_bytes(module, "linear_forward_workspace_bytes", &linear_forward_workspace_bytes);
+  bind_workspace_bytes(module, "linear_grad_input_workspace_bytes", &linear_grad_input_workspace_bytes);
+}
 
 }  // namespace chainfed::bind

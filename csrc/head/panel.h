@@ -9,8 +9,8 @@ namespace chainfed {
 
 // Rows [first_row, first_row + num_rows) of w; first_row is a multiple of 8.
 MatrixView row_range(const MatrixView& w, int64_t first_row, int64_t num_rows);
-// panel[r][c] = w[first_row + r][first_col + c] for num_rows rows and 32 columns; zero beyond w's last column.
-// first_col is a multiple of 32, first_row of 8.
+// panel[r][c] = w[first_row + r][first_col + c] for num_rows rows, rounded up to whole tiles of 8, and 32 columns. What
+// lies beyond w is finite and meaningless. first_col is a multiple of 32, first_row of 8.
 void decode_panel(const MatrixView& w, int64_t first_row, int64_t num_rows, int64_t first_col, float* panel);
 
 }  // namespace chainfed

@@ -46,7 +46,7 @@ def _bert(shape: ModelShape, config: dict[str, Any]) -> Shapes:
     hidden, inner = shape.hidden_size, shape.intermediate_size
     result: Shapes = {
         "embeddings.word_embeddings.weight": (shape.vocab_size, hidden),
-        "embeddings.position_embeddings.weight": (shape.max_positions, hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
         "embeddings.token_type_embeddings.weight": (config.get("type_vocab_size", 2), hidden),
         **_norm("embeddings.LayerNorm", hidden),
     }

@@ -1,0 +1,206 @@
+"""The public functions behind `import chainfed_engine as cfe` and the command line: plan, fit, run, evaluate."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chainfed_engine import data
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
+from chainfed_engine.data import EncodedData, Table, Tokenizer
+from chainfed_engine.errors import CorruptFile, DataError, StorageError
+from chainfed_engine.federation import RunDirectory, read_adapters
+from chainfed_engine.memory.plan import Plan
+from chainfed_engine.model.format import StoreInfo
+from chainfed_engine.session import Session, plan_for
+from chainfed_engine.types import Arrays, TaskKind
+
+LABELS_FILE = "labels.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: `parameters` float32 by name, `evaluation` figures ({} without evaluation data), `events`."""
+
+    parameters: Arrays
+    evaluation: Mapping[str, float | None]
+    events: list[dict[str, Any]]
+    directory: Path
+    _temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def save(self, path: str | Path) -> Path:
+        """Copy the run directory (adapters, configuration, metrics, state; no caches) to a new folder `path`."""
+        import shutil
+
+        target = Path(path)
+        if target.exists():
+            raise StorageError(f"{target}: exists already; choose another folder")
+        shutil.copytree(self.directory, target, ignore=shutil.ignore_patterns("cache", "lock"))
+        return target
+
+
+def plan(
+    store: str | Path,
+    config: ChainConfig | None = None,
+    *,
+    task: TaskKind | None = None,
+    **options: Any,
+) -> Plan:
+    """Predicted peak memory of a run, part by part, and the planner's choices; nothing is allocated.
+
+    `options` are ChainConfig fields (budget, sequence_length, batch_size, window, ...). `task` defaults to the LM loss
+    for a model with an LM head. Raises MemoryBudgetExceeded naming the smallest budget that would do.
+    """
+    info = StoreInfo.read(store)
+    chosen: TaskKind = task or ("causal-lm" if info.head_shards else "classification")
+    return plan_for(info, replace(config or ChainConfig(), **options), chosen)
+
+
+def fit(
+    store: str | Path,
+    clients: Any,
+    config: ChainConfig | None = None,
+    *,
+    evaluation: Any = None,
+    text: str = "text",
+    label: str | None = None,
+    prompt: str = "prompt",
+    response: str | None = None,
+    client: str = "client",
+    out: str | Path | None = None,
+    on_event: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Result:
+    """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
+
+    Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
+    (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
+    the run directory; without it the result's `save` does.
+    """
+    config = config or ChainConfig()
+    table, column = _client_table(clients, client)
+    names = set(table.columns)
+    if label is None and response is None:
+        label, response = ("label", None) if "label" in names else (None, "response")
+    columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
+    held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
+    temporary = tempfile.TemporaryDirectory(prefix="chainfed-run-") if out is None else None
+    directory = Path(temporary.name if temporary else str(out))
+    run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
+    result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
+    return replace(result, _temporary=temporary)
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_event: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Result:
+    """What `chainfed run` does: the whole federation of a configuration file, into the directory `out`."""
+    wanted = [*config.data.columns, *([config.data.client] if config.data.client else [])]
+    table = data.read_table(config.data.train, wanted)
+    held_out = data.read_table(config.data.eval, config.data.columns) if config.data.eval else None
+    return _run(config, table, held_out, Path(out), resume=resume, on_event=on_event)
+
+
+def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
+    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget."""
+    run_dir = Path(run_dir)
+    config = load_config(run_dir / "config.toml")
+    arrays, _ = read_adapters(run_dir)
+    tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
+    table = data.read_table(data_file, config.data.columns)
+    encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
+    with tempfile.TemporaryDirectory(prefix="chainfed-eval-") as scratch:
+        clients = {"evaluator": encoded}
+        with Session(
+            Path(config.store), config.chain, clients, None, Path(scratch), pad_id=tokenizer.pad_id
+        ) as session:
+            ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
+            return session.trainer.evaluate(ordered, arrays)
+
+
+def _run(
+    config: RunConfig,
+    table: Table,
+    held_out: Table | None,
+    out: Path,
+    *,
+    resume: bool,
+    on_event: Callable[[Mapping[str, Any]], None] | None,
+) -> Result:
+    tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
+    encoded = _encode(config, table, tokenizer, None)
+    labels = list(encoded.label_names)
+    evaluation = None if held_out is None else _encode(config, held_out, tokenizer, labels or None)
+    clients = _partition(config, table, encoded)
+    events: list[dict[str, Any]] = []
+
+    def emit(event: Mapping[str, Any]) -> None:
+        events.append(dict(event))
+        if on_event is not None:
+            on_event(event)
+
+    with Session(Path(config.store), config.chain, clients, evaluation, out, pad_id=tokenizer.pad_id) as session:
+        recorded = replace(config, chain=session.config)
+        with RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory:
+            if labels:
+                (out / LABELS_FILE).write_text(json.dumps(labels), encoding="utf-8")
+            result = session.run(directory, on_event=emit, resume=resume)
+    return Result(result.parameters, result.evaluation, events, out)
+
+
+def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:
+    length = config.chain.sequence_length
+    if config.data.response is not None:
+        return data.encode_causal(
+            table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
+        )
+    assert config.data.label is not None
+    return data.encode_classification(
+        table, tokenizer, text=config.data.text, label=config.data.label, labels=labels, max_length=length
+    )
+
+
+def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:
+    """Each client's samples; clients whose every row was dropped at encoding are left out."""
+    settings, seed = config.data, config.chain.seed
+    if settings.client is not None:
+        rows = data.by_column(table, settings.client)
+    elif settings.partition == "dirichlet":
+        rows = data.dirichlet(table.column(settings.label or ""), settings.num_clients, settings.alpha, seed)
+    else:
+        rows = data.iid(len(table), settings.num_clients, seed)
+    parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _client_table(clients: Any, column: str) -> tuple[Table, str]:
+    """One table with a client column, from a mapping of tables or a table that has one."""
+    if not isinstance(clients, Mapping):
+        table = data.as_table(clients, "clients")
+        if column not in table.columns:
+            raise DataError(f"clients: expected a column {column!r} or a mapping from client name to examples")
+        return table, column
+    rows: list[dict[str, Any]] = []
+    for name, examples in clients.items():
+        part = data.as_table(examples, f"client {name}")
+        columns = {key: part.column(key) for key in part.columns}
+        rows += [{**{key: values[row] for key, values in columns.items()}, column: name} for row in range(len(part))]
+    return data.as_table(rows, "clients"), column
+
+
+def _read_labels(run_dir: Path) -> list[str]:
+    path = run_dir / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}; expected the directory of a classification run") from error
+    except ValueError as error:
+        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged") from error
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged")
+    return labels

@@ -1,0 +1,136 @@
+"""One client: `handle(task)` trains, profiles or evaluates on its own data and answers. Free of transports.
+
+In: a `Task` with the arrays this client lacks. Out: a `Reply` with the stage's trained parameters, statistics or
+scores; whatever goes wrong by the engine's own account becomes a reply with one line of error. Owns its encoded
+data, the parameters it holds, and its cache folder; the trainer may be shared with other clients that take turns.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from chainfed_engine.client.held import HeldParameters
+from chainfed_engine.client.trainer import Trainer
+from chainfed_engine.data import EncodedData, batches
+from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
+from chainfed_engine.types import Arrays, Batch, Reply, Task
+
+
+class Client:
+    """`cache_dir`: a folder of this client alone (None: no cache). `pad_id`: the tokenizer's padding token.
+
+    Raises DataError without samples. Fewer samples than a batch make one smaller batch.
+    """
+
+    def __init__(
+        self, name: str, data: EncodedData, trainer: Trainer, *, cache_dir: Path | None = None, pad_id: int = 0
+    ) -> None:
+        if len(data) == 0:
+            raise DataError(f"client {name}: expected at least one sample, got none; drop the client or give it data")
+        self.name = name
+        self._data = data
+        self._trainer = trainer
+        self._cache_dir = cache_dir
+        self._pad_id = pad_id
+        self._held = HeldParameters()
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._data)
+
+    def forget_outdated(self, current: Mapping[str, str]) -> None:
+        """Free held parameters whose version is not the one in `current`; hundreds of clients in one process hold no
+        more than the server does."""
+        self._held.forget_outdated(current)
+
+    def handle(self, task: Task) -> Reply:
+        """Do the task. Errors of the engine become `Reply.error`; any other exception is a bug and passes through."""
+        try:
+            if task.client != self.name:
+                raise InvalidArgument(f"expected a task for {self.name}, got one for {task.client}")
+            parameters = self._held.take(task)
+            match task.kind:
+                case "train":
+                    arrays, metrics = self._train(task, parameters)
+                case "profile":
+                    arrays, metrics = self._profile(task, parameters)
+                case "evaluate":
+                    arrays, metrics = {}, self._evaluate(task, parameters)
+                case unknown:
+                    raise InvalidArgument(f"expected a task to train, profile or evaluate, got {unknown!r}")
+        except ChainfedError as error:
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            return Reply(task.kind, self.name, task.round_id, self.num_samples, error=line)
+        return Reply(task.kind, self.name, task.round_id, self.num_samples, arrays, metrics)
+
+    def _train(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
+        if task.stage is None:
+            raise InvalidArgument("train: expected a stage, got none")
+        lr = _number(task, "lr")
+        trainer, started = self._trainer, time.perf_counter()
+        trainer.begin(task.stage, parameters, cache_dir=self._cache_dir, lr=lr, settings=task.settings)
+        try:
+            # The cache is filled in an order that never changes: its records depend on how samples were grouped.
+            costs = trainer.prepare(list(self._batches(task, seed=None)))
+            prepared = time.perf_counter()
+            loss, num_steps = self._run_steps(task)
+            # Copies, because the trainer's own buffers serve the next client.
+            trained = {key: np.array(value, copy=True) for key, value in trainer.trained().items()}
+        finally:
+            trainer.end()
+        metrics = {
+            **costs,
+            "loss": loss,
+            "steps": float(num_steps),
+            "prepare_seconds": prepared - started,
+            "train_seconds": time.perf_counter() - prepared,
+        }
+        return trained, metrics
+
+    def _run_steps(self, task: Task) -> tuple[float, int]:
+        """Mean loss over the samples seen, and the number of optimizer steps."""
+        weighted, num_seen, num_steps = 0.0, 0, 0
+        max_steps = _integer(task, "max_local_steps")
+        for epoch in range(_integer(task, "local_epochs")):
+            remaining = max_steps - num_steps if max_steps else None
+            for batch in islice(self._batches(task, seed=_integer(task, "seed") + epoch), remaining):
+                loss = self._trainer.step(batch)
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(f"loss became {loss} at step {num_steps}; try a lower lr")
+                weighted += loss * len(batch.sample_ids)
+                num_seen += len(batch.sample_ids)
+                num_steps += 1
+        if num_steps == 0:
+            raise InvalidArgument("train: the task asks for no step; expected local_epochs of at least 1")
+        return weighted / num_seen, num_steps
+
+    def _profile(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
+        some = list(islice(self._batches(task, seed=_integer(task, "seed")), _integer(task, "num_batches")))
+        depths = range(_integer(task, "depth_start"), _integer(task, "depth_stop"))
+        started = time.perf_counter()
+        statistics = self._trainer.profile(some, parameters, depths=depths)
+        return statistics, {"profile_seconds": time.perf_counter() - started}
+
+    def _evaluate(self, task: Task, parameters: Arrays) -> dict[str, float]:
+        return dict(self._trainer.evaluate(self._batches(task, seed=None), parameters))
+
+    def _batches(self, task: Task, *, seed: int | None) -> Iterator[Batch]:
+        return batches(self._data, _integer(task, "batch_size"), seed=seed, pad_id=self._pad_id)
+
+
+def _number(task: Task, name: str) -> float:
+    value = task.settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidArgument(f"task {task.kind}: expected setting {name} as a number, got {value!r}")
+    return float(value)
+
+
+def _integer(task: Task, name: str) -> int:
+    value = task.settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidArgument(f"task {task.kind}: expected setting {name} as a whole number >= 0, got {value!r}")
+    return value

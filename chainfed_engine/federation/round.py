@@ -1,0 +1,54 @@
+"""The federation's picture in code: broadcast, local steps, aggregate, save; round after round.
+
+    server.next_tasks -> transport -> clients train -> transport -> server.receive -> directory
+
+Nothing here computes: the server decides, clients train, the transport carries, the directory remembers.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from chainfed_engine.federation.events import Event, exchange_event
+from chainfed_engine.federation.run_directory import RunDirectory
+from chainfed_engine.federation.transport_local import Transport
+from chainfed_engine.server import Server, Summary
+from chainfed_engine.types import Reply
+
+
+def run_rounds(
+    server: Server,
+    transport: Transport,
+    directory: RunDirectory,
+    *,
+    emit: Callable[[Event], None],
+    after_exchange: Callable[[Summary], None],
+) -> None:
+    """Exchange by exchange until the server is done. A kill at any point loses at most the exchange it fell in."""
+    while not server.done:
+        started = time.perf_counter()
+        tasks = server.next_tasks()
+        replies = Timed(transport.exchange(tasks))
+        summary = server.receive(replies)
+        server_seconds = time.perf_counter() - started - replies.seconds
+        seconds = {"transport": replies.seconds, "server": server_seconds}
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds))
+        directory.save(server.state())
+        after_exchange(summary)
+
+
+class Timed:
+    """Replies as they come, and how many seconds were spent waiting for them."""
+
+    def __init__(self, replies: Iterable[Reply]) -> None:
+        self._replies = iter(replies)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Reply]:
+        return self
+
+    def __next__(self) -> Reply:
+        started = time.perf_counter()
+        try:
+            return next(self._replies)
+        finally:
+            self.seconds += time.perf_counter() - started

@@ -1,0 +1,206 @@
+"""The directory of one run: config.toml, metrics.jsonl, adapters.safetensors, state/. Owns the files and a lock.
+
+Metrics lines are appended before the state of their round is saved; when a run is taken up again, lines after the
+saved round are cut, so that the file reads as if nothing had happened. `state/` keeps the last two states: if the newer
+one does not survive a power cut whole, the older one serves, and `load` says so.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError
+from chainfed_engine.federation.files import read_arrays, storage_errors, write_arrays, write_text
+from chainfed_engine.types import Arrays
+
+ADAPTERS_FORMAT = "chainfed-adapters"
+Event = dict[str, Any]
+_STATE_NAME = re.compile(r"state-(\d{8})\.safetensors")
+_STAND_IN_PREFIX = "stand_in."
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What `Server.restore` takes. `skipped`: newer states that were damaged, one reason each."""
+
+    arrays: Arrays
+    record: dict[str, Any]
+    skipped: tuple[str, ...]
+
+
+class RunDirectory:
+    """`resume` False: start a run in a new or empty folder; True: take up the one that is there.
+
+    `config_text`: what config.toml shall say (None: leave it). Raises StorageError when the folder is in use by another
+    run or not writable, InvalidArgument when a run is there and `resume` is False or none is and it is True.
+    """
+
+    def __init__(self, path: str | Path, *, config_text: str | None = None, resume: bool = False) -> None:
+        self.path = Path(path)
+        self._state_path = self.path / "state"
+        self._metrics_path = self.path / "metrics.jsonl"
+        self._number = 0  # of the last saved state
+        self._stand_ins: Arrays = {}
+        self._stand_in_digest: str | None = None
+        if resume and not self._state_path.is_dir():
+            raise InvalidArgument(f"{self.path}: no run to resume here; start one without --resume")
+        with storage_errors(self.path, "create"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+        try:
+            if not resume and (self._metrics_path.exists() or self._state_path.exists()):
+                raise InvalidArgument(f"{self.path}: holds a run already; resume it or choose another folder")
+            with storage_errors(self.path, "create"):
+                self._state_path.mkdir(exist_ok=True)
+                self._metrics = open(self._metrics_path, "ab")  # noqa: SIM115 (open as long as the run)
+            if config_text is not None:
+                write_text(self.path / "config.toml", config_text)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if not self._metrics.closed:
+            self._metrics.close()
+            os.close(self._lock)
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def record(self, event: Event) -> None:
+        """Append one line to metrics.jsonl and hand it to the system at once."""
+        line = json.dumps(event, allow_nan=False, separators=(", ", ": "))
+        with storage_errors(self._metrics_path, "append"):
+            self._metrics.write(line.encode() + b"\n")
+            self._metrics.flush()
+
+    def cut_events(self, keep: Callable[[Event], bool]) -> list[Event]:
+        """Drop metrics from the first incomplete line, or line that `keep` refuses, on; returns what stays."""
+        kept: list[Event] = []
+        length = 0
+        with storage_errors(self._metrics_path, "cut"):
+            for line in self._metrics_path.read_bytes().splitlines(keepends=True):
+                event = _parse_event(line)
+                if event is None or not keep(event):
+                    break
+                kept.append(event)
+                length += len(line)
+            self._metrics.truncate(length)
+        return kept
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save(self, state: tuple[Mapping[str, np.ndarray], Mapping[str, Any]]) -> None:
+        """Make `Server.state()` the one to resume from. The stand-ins never change once fitted and are written once."""
+        arrays, record = state
+        with storage_errors(self._metrics_path, "write"):
+            os.fsync(self._metrics.fileno())
+        stand_ins = {key: array for key, array in arrays.items() if key.startswith(_STAND_IN_PREFIX)}
+        trained = {key: array for key, array in arrays.items() if key not in stand_ins}
+        if stand_ins and not _same_arrays(stand_ins, self._stand_ins):
+            self._stand_in_digest = write_arrays(self._state_path / "stand_in.safetensors", stand_ins, {})
+            self._stand_ins = stand_ins
+        number = self._number + 1
+        digest = self._stand_in_digest if stand_ins else None
+        write_arrays(self._state_file(number), trained, {"server": record, "stand_in_sha256": digest})
+        self._number = number
+        for other in self._state_numbers():
+            if other not in (number, number - 1):
+                self._state_file(other).unlink(missing_ok=True)
+
+    def load(self) -> SavedState | None:
+        """The newest state that is whole; None if none was saved yet. Raises CorruptFile if none is whole."""
+        skipped: list[str] = []
+        for number in sorted(self._state_numbers(), reverse=True):
+            try:
+                arrays, record, _ = read_arrays(self._state_file(number))
+                stand_ins = self._load_stand_ins(record.get("stand_in_sha256"))
+                server_record = record.get("server")
+                if not isinstance(server_record, dict):
+                    raise CorruptFile(f"{self._state_file(number)}: holds no server record")
+            except CorruptFile as error:
+                skipped.append(str(error))
+                continue
+            self._number = number
+            return SavedState({**arrays, **stand_ins}, server_record, tuple(skipped))
+        if skipped:
+            raise CorruptFile(f"{self._state_path}: no state is whole; start a new run ({'; '.join(skipped)})")
+        return None
+
+    def _load_stand_ins(self, digest: object) -> Arrays:
+        if digest is None:
+            return {}
+        path = self._state_path / "stand_in.safetensors"
+        if not path.is_file():
+            raise CorruptFile(f"{path}: missing, but the state needs it")
+        stand_ins, _, found = read_arrays(path)
+        if found != digest:
+            raise CorruptFile(f"{path}: belongs to another state")
+        self._stand_ins, self._stand_in_digest = stand_ins, found
+        return stand_ins
+
+    def _state_file(self, number: int) -> Path:
+        return self._state_path / f"state-{number:08d}.safetensors"
+
+    def _state_numbers(self) -> list[int]:
+        names = (_STATE_NAME.fullmatch(entry.name) for entry in self._state_path.iterdir())
+        return [int(name[1]) for name in names if name]
+
+    # -- result --------------------------------------------------------------------------------------------------
+
+    def save_adapters(self, parameters: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+        """Write adapters.safetensors: all adapters and the classifier, what evaluation and export read."""
+        record = {"format": ADAPTERS_FORMAT, "version": 1, **about}
+        write_arrays(self.path / "adapters.safetensors", parameters, record)
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise StorageError(f"{self.path}: in use by another run; wait for it or choose another folder") from error
+        return descriptor
+
+
+def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
+    """Adapters and classifier of a run directory, float32, and what was recorded about them."""
+    file = Path(path) / "adapters.safetensors"
+    if not file.is_file():
+        raise StorageError(f"{file}: not found; expected the directory of a run that was evaluated or finished")
+    arrays, record, _ = read_arrays(file)
+    if record.get("format") != ADAPTERS_FORMAT or record.get("version") != 1:
+        raise CorruptFile(f"{file}: expected format {ADAPTERS_FORMAT} version 1, got {record.get('format')!r:.60}")
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise CorruptFile(f"{file}: expected float32 arrays only")
+    return arrays, record
+
+
+def _same_arrays(a: Arrays, b: Arrays) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+
+
+def _parse_event(line: bytes) -> Event | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None

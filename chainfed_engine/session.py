@@ -1,0 +1,146 @@
+"""All that a federation in this process needs, built in the order in which it costs memory.
+
+store -> plan (refuses before anything is allocated) -> frozen model -> trainer -> clients -> server. One base in memory
+however many clients; a client is its encoded data and a cache folder.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chainfed_engine import native
+from chainfed_engine.client import Client
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.data import EncodedData
+from chainfed_engine.errors import DataError
+from chainfed_engine.federation import FitResult, LocalTransport, RunDirectory, fit
+from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
+from chainfed_engine.model.format import StoreInfo
+from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.store import LayerStore
+from chainfed_engine.server import Server
+from chainfed_engine.step import StageTrainer
+from chainfed_engine.types import TaskKind
+
+Event = Mapping[str, Any]
+
+
+def plan_for(info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0) -> Plan:
+    """The plan of a run with this store on this process. Raises MemoryBudgetExceeded."""
+    import chainfed_engine.model.families as families
+    from chainfed_engine.memory.meter import rss_bytes
+
+    families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
+    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes)
+    return make_plan(request)
+
+
+def store_sizes(info: StoreInfo) -> StoreSizes:
+    """Bytes by role, from the index alone."""
+    layers = [file.file_bytes for file in info.layers]
+    head = [file.file_bytes for file in info.head_shards]
+    return StoreSizes(
+        layer_bytes=sum(layers),
+        head_bytes=sum(head),
+        embedding_bytes=info.embedding.file_bytes,
+        slot_bytes=max([*layers, *head]),
+        num_layers=len(layers),
+        num_head_shards=len(head),
+    )
+
+
+class Session:
+    """A run of `config` over the clients' data, in `out`. Use as a context manager, or `close`."""
+
+    def __init__(
+        self,
+        store: Path,
+        config: ChainConfig,
+        clients: Mapping[str, EncodedData],
+        evaluation: EncodedData | None,
+        out: Path,
+        *,
+        pad_id: int,
+    ) -> None:
+        if not clients:
+            raise DataError("clients: expected at least one, got none")
+        first = next(iter(clients.values()))
+        self.task = first.task
+        num_labels = len(first.label_names)
+        info = StoreInfo.read(store)
+        tokens = sum(data.num_tokens for data in (*clients.values(), *([evaluation] if evaluation else [])))
+        self.plan = plan_for(info, config, self.task, data_bytes=8 * tokens)
+        choices = self.plan.choices
+        self.config = replace(config, cache_format=choices.cache_format)
+        native.set_num_threads(torch.get_num_threads())
+        self.store = LayerStore.open(store, num_slots=choices.num_slots, verify=True)
+        self.trainer = StageTrainer(
+            FrozenModel(self.store),
+            self.config,
+            task=self.task,
+            num_labels=num_labels,
+            cache_format=choices.cache_format,
+            micro_batch=0 if choices.micro_batch >= config.batch_size else choices.micro_batch,
+            recompute=choices.recompute,
+            fill_bytes=choices.fill_bytes,
+        )
+        members = [
+            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id)
+            for name, data in clients.items()
+        ]
+        self.transport = LocalTransport(members)
+        self.evaluator = Client("evaluator", evaluation, self.trainer, pad_id=pad_id) if evaluation else None
+        initial = self.trainer.parameters.export()
+        samples = self.transport.client_samples
+        self.server = Server(self.config, self.trainer.model.shape, initial, samples, self.task)
+
+    def run(
+        self, directory: RunDirectory, *, on_event: Callable[[Event], None] | None = None, resume: bool = False
+    ) -> FitResult:
+        """Rounds to the end; every event gets the number of rounds and the prediction beside the measurement."""
+
+        def emit(event: dict[str, Any]) -> None:
+            if on_event is not None:
+                on_event({"rounds": self.config.rounds, **event})
+
+        return fit(
+            self.server,
+            self.transport,
+            self.evaluator,
+            directory,
+            on_event=emit,
+            resume=resume,
+            measure_memory=self._memory,
+        )
+
+    def close(self) -> None:
+        self.trainer.end()
+        self.store.close()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _memory(self) -> dict[str, int]:
+        from chainfed_engine.memory.meter import peak_rss_bytes
+
+        stats = self.store.stats()
+        return {
+            "peak_rss_bytes": peak_rss_bytes(),
+            "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "bytes_read": stats["bytes_read"],
+            "stall_ns": stats["stall_ns"],
+        }
+
+
+def folder_name(client: str) -> str:
+    """A folder name for any client name: its safe characters, and a hash so that two clients never share one."""
+    import hashlib
+
+    safe = "".join(char if char.isalnum() or char in "-_" else "_" for char in client)[:40]
+    return f"{safe}-{hashlib.sha256(client.encode()).hexdigest()[:12]}"

@@ -1,0 +1,33 @@
+#include "head/int16_cell.h"
+
+#include <immintrin.h>
+
+namespace chainfed {
+
+void accumulate_int16_avx512vnni(const Int16Cell& cell, const Int16Panel& panel, float* const* grad) {
+  __m512i left[kBlockTokens], right[kBlockTokens];
+  for (int64_t t = 0; t < kBlockTokens; ++t) left[t] = right[t] = _mm512_setzero_si512();
+  for (int32_t pair = 0; pair < cell.num_pairs; ++pair) {
+    const __m512i a = _mm512_load_si512(panel.value[cell.row[pair][0]]);
+    const __m512i b = _mm512_load_si512(panel.value[cell.row[pair][1]]);
+    const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    const auto* weights = reinterpret_cast<const int32_t*>(cell.weight[pair]);
+    for (int64_t t = 0; t < kBlockTokens; ++t) {
+      const __m512i weight = _mm512_set1_epi32(weights[t]);
+      left[t] = _mm512_dpwssd_epi32(left[t], weight, low);
+      right[t] = _mm512_dpwssd_epi32(right[t], weight, high);
+    }
+  }
+  const __m512 scale_left = _mm512_load_ps(panel.scale), scale_right = _mm512_load_ps(panel.scale + 16);
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
+    const __m512 scale = _mm512_set1_ps(cell.scale[t]);
+    const __m512 g =
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(left[t]), _mm512_mul_ps(scale, scale_left), _mm512_loadu_ps(grad[t]));
+    const __m512 h =
+        _mm512_fmadd_ps(_mm512_cvtepi32_ps(right[t]), _mm512_mul_ps(scale, scale_right), _mm512_loadu_ps(grad[t] + 16));
+    _mm512_storeu_ps(grad[t], g);
+    _mm512_storeu_ps(grad[t] + 16, h);
+  }
+}
+
+}  // namespace chainfed

@@ -1,0 +1,104 @@
+"""Adapters start as the identity, depend on their seed alone, and travel as named arrays."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from chainfed_engine.adapters import Bottleneck, LoRA, build_adapter
+from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.model.families import family
+from chainfed_engine.types import ModelShape, layer_of_key
+
+SHAPE = ModelShape("llama", 4, 64, 96, 4, 2, 24, 211, 40)
+
+
+def build(kind: Any, layer: int = 2, seed: int = 0, size: int = 4) -> Bottleneck | LoRA:
+    return build_adapter(kind, family("llama"), SHAPE, layer=layer, size=size, seed=seed)
+
+
+def test_an_untrained_bottleneck_gives_its_input_back_bit_by_bit() -> None:
+    hidden = torch.randn(3, 7, 64) * torch.logspace(-6, 6, 64)
+    adapter = build("bottleneck")
+    assert not adapter.is_trained
+    assert torch.equal(adapter(hidden), hidden)
+
+
+def test_a_bottleneck_is_its_formula_with_the_exact_gelu() -> None:
+    adapter = build("bottleneck")
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    assert isinstance(adapter, Bottleneck) and adapter.is_trained
+    down_weight, down_bias, up_weight, up_bias = (tensor.double() for tensor in adapter.tensors())
+    hidden = torch.randn(5, 64).double()
+    inner = hidden @ down_weight.T + down_bias
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    wanted = hidden + inner @ up_weight.T + up_bias
+    assert torch.allclose(adapter.double()(hidden), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_an_untrained_lora_adds_nothing_and_a_trained_one_its_product() -> None:
+    lora = build("lora")
+    assert isinstance(lora, LoRA) and not lora.is_trained and lora.scale == 2.0
+    x = torch.randn(3, 64)
+    query = lora.low_rank["self_attn.q_proj"]
+    assert query(x).shape == (3, 96) and lora.low_rank["self_attn.v_proj"](x).shape == (3, 48)
+    assert not query(x).any()
+    assert lora(x) is x
+    torch.nn.init.normal_(lora.query_b)
+    assert lora.is_trained
+    assert torch.allclose(query(x), 2.0 * functional.linear(x, lora.query_b @ lora.query_a), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "lora"])
+def test_the_start_depends_on_seed_and_layer_alone(kind: str) -> None:
+    def start(**choice: int) -> np.ndarray:
+        return next(value for value in build(kind, **choice).state_arrays().values() if value.any())
+
+    assert np.array_equal(start(layer=1, seed=5), start(layer=1, seed=5))
+    assert not np.array_equal(start(layer=1, seed=5), start(layer=2, seed=5))
+    assert not np.array_equal(start(layer=1, seed=5), start(layer=1, seed=6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("bottleneck", {"down_weight", "down_bias", "up_weight", "up_bias"}),
+        ("lora", {"query_a", "query_b", "value_a", "value_b"}),
+    ],
+)
+def test_arrays_go_out_under_adapter_keys_and_come_back(kind: str, names: set[str]) -> None:
+    one, other = build(kind, seed=1), build(kind, seed=2)
+    for parameter in one.parameters():
+        torch.nn.init.normal_(parameter)
+    arrays = one.state_arrays()
+    assert set(arrays) == {f"adapters.2.{name}" for name in names}
+    assert all(value.dtype == np.float32 and layer_of_key(key) == 2 for key, value in arrays.items())
+    other.load_arrays(arrays)
+    assert all(np.array_equal(value, arrays[key]) for key, value in other.state_arrays().items())
+    next(iter(arrays.values()))[...] = 0  # a copy: the module does not follow
+    assert all(value.any() for value in one.state_arrays().values())
+
+
+def test_arrays_of_another_size_or_layer_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"adapters\.2\.down_weight.*\[4, 64\].*\[5, 64\]"):
+        build("bottleneck").load_arrays(build("bottleneck", size=5).state_arrays())
+    with pytest.raises(InvalidArgument, match="got none"):
+        build("lora").load_arrays(build("lora", layer=1).state_arrays())
+
+
+def test_an_unknown_kind_and_a_size_below_one_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="prefix"):
+        build("prefix")
+    with pytest.raises(InvalidArgument, match="adapter_size"):
+        build("bottleneck", size=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "mistral", "qwen2", "qwen3"])
+def test_every_family_names_projections_that_its_layer_has(name: str) -> None:
+    kind = family(name)
+    layer = kind.layer(kind.config({}), 0)
+    for target in kind.lora_targets:
+        assert isinstance(layer.get_submodule(target), torch.nn.Linear)

@@ -1,0 +1,174 @@
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chainfed_engine import stand_in
+from chainfed_engine.errors import NonFiniteLoss
+from chainfed_engine.server import Server
+from chainfed_engine.types import Arrays, Reply, Task
+from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
+
+SCORES = np.array([0.95, 0.9, 0.7, 0.5, 0.3, 0.2])
+
+
+def _server(**fields: Any) -> Server:
+    return make_server(**{"num_layers": 6, "start_layer": None, "stand_in": True, "profile_clients": 3, **fields})
+
+
+def _answer(server: Server, task: Task) -> Reply:
+    generator = np.random.default_rng(int(task.settings["seed"]))
+    arrays: Arrays = {"cka": SCORES + generator.normal(size=6) * 1e-3}
+    for depth in range(int(task.settings["depth_start"]), int(task.settings["depth_stop"])):
+        x = generator.normal(size=(6, HIDDEN)).astype(np.float32)
+        arrays.update(stand_in.statistics(depth, x, 2 * x + 1))
+    return Reply("profile", task.client, task.round_id, server.client_samples[task.client], arrays)
+
+
+def _profile(server: Server) -> list[Reply]:
+    return [_answer(server, task) for task in server.next_tasks()]
+
+
+def test_the_chain_starts_at_the_first_layer_whose_mean_score_is_below_the_threshold() -> None:
+    server = _server(threshold=0.8)
+    assert server.start_layer is None
+    replies = _profile(server)
+    summary = server.receive(replies)
+    assert (summary.kind, summary.start_layer, server.start_layer, server.round_id) == ("profile", 2, 2, 0)
+    weights = [reply.num_samples for reply in replies]
+    expected = np.average([reply.arrays["cka"] for reply in replies], axis=0, weights=weights)
+    np.testing.assert_allclose(summary.scores, expected, rtol=1e-12)
+    assert summary.bytes_up == sum(array.nbytes for reply in replies for array in reply.arrays.values())
+
+
+def test_a_fixed_start_layer_is_kept_and_profiled_only_for_the_stand_ins() -> None:
+    server = _server(start_layer=1, window=2)
+    tasks = server.next_tasks()
+    assert (tasks[0].settings["depth_start"], tasks[0].settings["depth_stop"]) == (3, 6)
+    assert server.receive([_answer(server, task) for task in tasks]).start_layer == 1
+    assert make_server(start_layer=1).next_tasks()[0].kind == "train"
+
+
+def test_few_clients_make_up_with_more_batches_each() -> None:
+    assert [task.settings["num_batches"] for task in _server(profile_clients=3).next_tasks()] == [6, 6, 6]
+    assert _server(profile_clients=3, stand_in=False).next_tasks()[0].settings["num_batches"] == 1
+
+
+def test_a_stage_gets_the_stand_in_of_its_own_depth_once_and_none_at_the_top() -> None:
+    server = _server(threshold=0.8, window=2, samples={"a": 5}, clients_per_round=1, rounds=6)
+    server.receive(_profile(server))
+    depths = []
+    while not server.done:
+        (task,) = server.next_tasks()
+        needed = {key for key in task.versions if key.startswith("stand_in.")}
+        sent = {key for key in task.arrays if key.startswith("stand_in.")}
+        depths.append(({key.split(".")[1] for key in needed}, bool(sent)))
+        trained = {k: a for k, a in server.parameters().items() if k.startswith(_trained(task))}
+        server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0})])
+    assert depths == [({"4"}, True), ({"5"}, True), (set(), False), ({"4"}, False), ({"5"}, False), (set(), False)]
+
+
+def _trained(task: Task) -> tuple[str, ...]:
+    assert task.stage is not None
+    return (*(f"adapters.{layer}." for layer in task.stage.window.layers), "classifier.")
+
+
+def test_the_stand_in_is_the_one_fitted_on_all_clients_together() -> None:
+    server = _server()
+    replies = _profile(server)
+    server.receive(replies)
+    arrays, _ = server.state()
+    factors = [{"stand_in.4.factor": reply.arrays["stand_in.4.factor"]} for reply in replies]
+    expected = stand_in.solve(stand_in.merge(factors), ridge=server.config.stand_in_ridge)
+    for key, array in expected.items():
+        np.testing.assert_allclose(arrays[key], array, rtol=1e-3, atol=1e-4)
+
+
+def test_the_result_does_not_depend_on_who_answers_first() -> None:
+    results = []
+    for order in itertools.permutations(range(3)):
+        server = _server()
+        replies = _profile(server)
+        server.receive(replies[index] for index in order)
+        results.append(server.state()[0])
+    assert all(same_bits(results[0], result) for result in results)
+
+
+def _spoiled(reply: Reply, what: str) -> Reply:
+    arrays = dict(reply.arrays)
+    match what:
+        case "short scores":
+            arrays["cka"] = arrays["cka"][:-1]
+        case "NaN scores":
+            arrays["cka"] = arrays["cka"] * np.nan
+        case "a depth missing":
+            del arrays["stand_in.4.factor"]
+        case "a wide factor":
+            arrays["stand_in.4.factor"] = np.zeros((3, 99), np.float32)
+        case "a tall factor":
+            arrays["stand_in.4.factor"] = np.zeros((99, 2 * HIDDEN + 1), np.float32)
+        case "an empty factor":
+            arrays["stand_in.4.factor"] = np.zeros((0, 2 * HIDDEN + 1), np.float32)
+        case "a NaN factor":
+            arrays["stand_in.4.factor"] = arrays["stand_in.4.factor"] * np.float32(np.nan)
+        case "an error":
+            return dataclasses.replace(reply, arrays={}, error="no memory")
+    return dataclasses.replace(reply, arrays=arrays)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "short scores",
+        "NaN scores",
+        "a depth missing",
+        "a wide factor",
+        "a tall factor",
+        "an empty factor",
+        "a NaN factor",
+        "an error",
+    ],
+)
+def test_a_bad_profile_is_refused_and_does_no_harm(what: str) -> None:
+    server, without = _server(), _server()
+    replies = _profile(server)
+    without.next_tasks()
+    summary = server.receive([_spoiled(replies[0], what), *replies[1:]])
+    assert summary.accepted and set(summary.rejected) == {replies[0].client}
+    without.receive(replies[1:])
+    assert same_bits(server.state()[0], without.state()[0])
+
+
+def test_a_second_profile_of_the_same_client_is_refused() -> None:
+    server, once = _server(), _server()
+    replies = _profile(server)
+    once.next_tasks()
+    once.receive(replies)
+    summary = server.receive([replies[0], replies[0], replies[1], replies[1], replies[2]])
+    assert set(summary.rejected) == {replies[0].client, replies[1].client}
+    assert same_bits(server.state()[0], once.state()[0])
+
+
+def test_profiling_is_tried_three_times_with_other_clients_and_then_given_up() -> None:
+    server = _server(samples={f"c{index:02d}": 5 for index in range(40)})
+    cohorts = []
+    for attempt in range(3):
+        replies = [_spoiled(reply, "NaN scores") for reply in _profile(server)]
+        cohorts.append([reply.client for reply in replies])
+        summary = server.receive(replies)
+        assert (summary.accepted, summary.index) == (False, attempt)
+    assert cohorts[0] != cohorts[1]
+    with pytest.raises(NonFiniteLoss, match="profile"):
+        server.next_tasks()
+
+
+def test_training_follows_the_profile() -> None:
+    server = _server(stand_in=False, threshold=0.8, rounds=4, window=2)
+    site = Site(server.client_samples)
+    tasks = server.next_tasks()
+    for task in tasks:
+        site.held[task.client].update(task.arrays)
+    server.receive([_answer(server, task) for task in tasks])
+    assert [s.stage.window.start for s in play(server, site=site) if s.stage] == [2, 3, 4, 2]

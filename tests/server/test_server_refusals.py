@@ -1,0 +1,138 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chainfed_engine.errors import InconsistentUpdates, NonFiniteLoss
+from chainfed_engine.server import MAX_REJECTED_IN_A_ROW, Server
+from chainfed_engine.types import Reply
+from tests.server.server_parts import Site, make_server, play, same_bits
+
+KEY = "adapters.1.up_weight"
+
+
+def _with_array(reply: Reply, value: Any) -> Reply:
+    return dataclasses.replace(reply, arrays={**reply.arrays, KEY: value})
+
+
+def _nan(reply: Reply) -> Reply:
+    array = reply.arrays[KEY].copy()
+    array.flat[-1] = np.nan
+    return _with_array(reply, array)
+
+
+def _without_key(reply: Reply) -> Reply:
+    return dataclasses.replace(reply, arrays={key: a for key, a in reply.arrays.items() if key != KEY})
+
+
+BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
+    "an error": (lambda r: dataclasses.replace(r, error="out\nof memory", arrays={}), "client error: out of memory"),
+    "NaN": (_nan, "not finite"),
+    "infinity": (lambda r: _with_array(r, np.full_like(r.arrays[KEY], np.inf)), "not finite"),
+    "another shape": (lambda r: _with_array(r, r.arrays[KEY].T.copy()), "expected float32"),
+    "another dtype": (lambda r: _with_array(r, r.arrays[KEY].astype(np.float64)), "float64"),
+    "no array": (lambda r: _with_array(r, [[0.0]]), "got list"),
+    "a key missing": (_without_key, "missing"),
+    "a key too many": (
+        lambda r: dataclasses.replace(r, arrays={**r.arrays, "adapters.3.up_bias": np.zeros(4, np.float32)}),
+        "not asked for",
+    ),
+    "another round": (lambda r: dataclasses.replace(r, round_id=7), "expected round 0"),
+    "another kind": (lambda r: dataclasses.replace(r, kind="evaluate"), "expected a reply to train"),
+    "no samples": (lambda r: dataclasses.replace(r, num_samples=0), "num_samples"),
+    "more samples than announced": (lambda r: dataclasses.replace(r, num_samples=10**9), "num_samples"),
+    "samples that are no number": (lambda r: dataclasses.replace(r, num_samples="9"), "num_samples"),  # type: ignore[arg-type]
+    "a NaN loss": (lambda r: dataclasses.replace(r, metrics={"loss": float("nan")}), "not finite"),
+    "no loss": (lambda r: dataclasses.replace(r, metrics={}), "expected loss"),
+    "a metric that is text": (lambda r: dataclasses.replace(r, metrics={"loss": "1"}), "expected a number"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_bad_reply_is_refused_with_a_reason_and_does_no_harm(what: str, position: int) -> None:
+    spoil, reason = BAD[what]
+    server, without = make_server(), make_server()
+    replies = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
+    without.next_tasks()
+    others = [reply for index, reply in enumerate(replies) if index != position]
+    bad = replies[position].client
+    replies[position] = spoil(replies[position])
+    summary = server.receive(replies)
+    assert summary.accepted
+    assert set(summary.rejected) == {bad}
+    assert reason in summary.rejected[bad]
+    assert "\n" not in summary.rejected[bad]
+    without.receive(others)
+    assert same_bits(server.parameters(), without.parameters())
+
+
+def test_a_client_that_answers_twice_counts_not_at_all_in_any_order() -> None:
+    results = []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
+        server = make_server()
+        replies = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
+        replies.append(_nan(replies[0]))
+        summary = server.receive([replies[index] for index in order])
+        assert summary.clients == (replies[1].client, replies[2].client)
+        assert summary.rejected == {replies[0].client: "more than one reply to one task"}
+        results.append(server.parameters())
+    assert all(same_bits(results[0], result) for result in results)
+
+
+def test_a_client_that_was_not_asked_is_refused() -> None:
+    server = make_server()
+    replies = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
+    stranger = dataclasses.replace(replies[0], client="stranger\nwith a long name" * 100)
+    summary = server.receive([*replies, stranger])
+    assert len(summary.clients) == 3
+    assert list(summary.rejected.values()) == ["not asked in this round"]
+    assert all(len(name) <= 300 and "\n" not in name for name in summary.rejected)
+
+
+def _all_bad(server: Server, spoil: Callable[[Reply], Reply]) -> None:
+    site = Site(server.client_samples)
+    summary = server.receive([spoil(site.answer(task)) for task in server.next_tasks()])
+    assert not summary.accepted
+    assert summary.loss is None
+
+
+def test_a_round_without_a_usable_reply_is_rejected_and_keeps_the_state() -> None:
+    server = make_server()
+    play(server, rounds=1)
+    before = server.parameters()
+    _all_bad(server, lambda reply: dataclasses.replace(reply, error="battery low"))
+    assert same_bits(before, server.parameters())
+    assert server.round_id == 2
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("NaN", NonFiniteLoss), ("an error", InconsistentUpdates)])
+def test_three_rejected_rounds_in_a_row_stop_the_run_with_the_reasons(reason: str, kind: type[Exception]) -> None:
+    server = make_server(window=2, start_layer=0, method="full-adapters", rounds=20)
+    spoil, text = BAD[reason]
+    for _ in range(MAX_REJECTED_IN_A_ROW - 1):
+        _all_bad(server, spoil)
+    play(server, rounds=1)
+    for _ in range(MAX_REJECTED_IN_A_ROW):
+        _all_bad(server, spoil)
+    with pytest.raises(kind, match=text.split(":")[0]):
+        server.next_tasks()
+
+
+def test_a_silent_cohort_is_a_rejected_round() -> None:
+    server = make_server()
+    server.next_tasks()
+    summary = server.receive([])
+    assert not summary.accepted
+    assert summary.rejected == {}
+
+
+def test_after_an_error_the_client_gets_everything_anew() -> None:
+    server = make_server(method="full-adapters", samples={"a": 5}, rounds=9)
+    site = Site(server.client_samples)
+    (task,) = server.next_tasks()
+    everything = set(task.arrays)
+    server.receive([dataclasses.replace(site.answer(task), error="disk full", arrays={})])
+    assert set(server.next_tasks()[0].arrays) == everything

@@ -1,0 +1,165 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from chainfed_engine.errors import ConfigError, InvalidArgument
+from chainfed_engine.server import Server
+from chainfed_engine.types import Arrays, Reply, Window
+from tests.server.server_parts import Site, changed_keys, make_server, play, same_bits
+
+
+def test_the_window_moves_up_one_layer_a_round_and_wraps() -> None:
+    summaries = play(make_server(rounds=5, window=2))
+    assert [(s.stage.window.start, s.stage.sweep) for s in summaries if s.stage] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (0, 1),
+        (1, 1),
+    ]
+
+
+def test_only_the_windows_adapters_and_the_classifier_change() -> None:
+    server = make_server(window=2)
+    play(server, rounds=1)
+    before = server.parameters()
+    play(server, rounds=1)
+    changed = changed_keys(before, server.parameters())
+    assert {key.split(".")[1] for key in changed if key.startswith("adapters.")} == {"1", "2"}
+    assert {key for key in changed if key.startswith("classifier.")} == {"classifier.out_weight", "classifier.out_bias"}
+
+
+def test_a_causal_language_model_trains_adapters_alone() -> None:
+    server = make_server(task="causal-lm")
+    tasks = server.next_tasks()
+    assert all(key.startswith("adapters.") for task in tasks for key in task.versions)
+    play(server)
+    assert server.done
+
+
+@pytest.mark.parametrize(
+    ("method", "window"),
+    [("linear-probe", Window(4, 4)), ("top-window", Window(2, 4)), ("full-adapters", Window(0, 4))],
+)
+def test_the_baselines_train_one_window_in_every_round(method: str, window: Window) -> None:
+    summaries = play(make_server(method=method, rounds=3, window=2, start_layer=None))
+    assert [s.stage.window for s in summaries if s.stage] == [window] * 3
+    assert all(s.kind == "round" for s in summaries)
+
+
+def test_linear_probe_trains_the_classifier_alone() -> None:
+    server = make_server(method="linear-probe")
+    before = server.parameters()
+    play(server)
+    assert changed_keys(before, server.parameters()) == {"classifier.out_weight", "classifier.out_bias"}
+
+
+def test_without_a_method_there_is_nothing_to_do() -> None:
+    server = make_server(method="none")
+    assert server.done
+    with pytest.raises(InvalidArgument, match="done"):
+        server.next_tasks()
+
+
+def test_probe_rounds_come_before_the_chain() -> None:
+    summaries = play(make_server(probe_rounds=2, rounds=4))
+    assert [s.stage.kind for s in summaries if s.stage] == ["probe", "probe", "window", "window"]
+
+
+@pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}])
+def test_a_language_model_has_no_classifier_to_probe(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="classification"):
+        make_server(task="causal-lm", **fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"window": 9}, {"start_layer": 3, "window": 2}, {"method": "top-window", "window": 5}]
+)
+def test_a_window_that_does_not_fit_is_refused_at_once(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        make_server(**fields)
+
+
+def test_missing_adapters_or_clients_are_refused_at_once() -> None:
+    server = make_server()
+    arrays = {key: array for key, array in server.parameters().items() if not key.startswith("adapters.2.")}
+    with pytest.raises(InvalidArgument, match="layer 2"):
+        Server(server.config, server.shape, arrays, {"a": 1}, "classification")
+    with pytest.raises(InvalidArgument, match="client"):
+        Server(server.config, server.shape, server.parameters(), {}, "classification")
+    with pytest.raises(InvalidArgument, match="client"):
+        Server(server.config, server.shape, server.parameters(), {"a": 0}, "classification")
+
+
+def test_the_result_does_not_depend_on_who_answers_first() -> None:
+    results: list[Arrays] = []
+    for order in itertools.permutations(range(3)):
+        server = make_server(rounds=3)
+        site = Site(server.client_samples)
+        while not server.done:
+            replies = [site.answer(task) for task in server.next_tasks()]
+            server.receive(replies[position] for position in order)
+        results.append(server.parameters())
+    assert all(same_bits(results[0], result) for result in results)
+
+
+def test_the_average_of_one_client_is_its_update_bit_for_bit() -> None:
+    server = make_server(clients_per_round=1)
+    reply = Site(server.client_samples).answer(server.next_tasks()[0])
+    update = {key: array.copy() for key, array in reply.arrays.items()}
+    next(iter(update.values())).flat[0] = -0.0
+    next(iter(update.values())).flat[1] = np.float32(1e-45)  # subnormal
+    server.receive([Reply("train", reply.client, 0, reply.num_samples, update, {"loss": 1.0})])
+    assert same_bits({key: server.parameters()[key] for key in update}, update)
+
+
+def test_equal_updates_average_to_themselves() -> None:
+    server = make_server(samples={"a": 7, "b": 13, "c": 101})
+    first, *others = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
+    replies = [first, *(Reply("train", r.client, 0, r.num_samples, first.arrays, {"loss": 1.0}) for r in others)]
+    server.receive(replies)
+    assert same_bits({key: server.parameters()[key] for key in first.arrays}, first.arrays)
+
+
+def test_clients_weigh_as_many_samples_as_they_have() -> None:
+    server = make_server(samples={"a": 1, "b": 3}, clients_per_round=2)
+    replies = []
+    for task, value in zip(server.next_tasks(), (0.0, 4.0), strict=True):
+        arrays = {key: np.full_like(array, value) for key, array in task.arrays.items() if _is_trained(key)}
+        replies.append(Reply("train", task.client, 0, server.client_samples[task.client], arrays, {"loss": value}))
+    summary = server.receive(replies)
+    assert summary.loss == 3.0
+    assert all((array == 3.0).all() for key, array in server.parameters().items() if _is_trained(key))
+
+
+def _is_trained(key: str) -> bool:
+    return key.startswith(("adapters.0.", "adapters.1.", "classifier."))
+
+
+def test_a_task_tells_the_client_all_it_has_to_know() -> None:
+    server = make_server(lr=0.5, batch_size=7, local_epochs=2, max_local_steps=9)
+    first, second, _ = server.next_tasks()
+    expected = {"lr": 0.5, "batch_size": 7, "local_epochs": 2, "max_local_steps": 9, "start_layer": 0}
+    assert {key: value for key, value in first.settings.items() if key != "seed"} == expected
+    assert first.settings["seed"] != second.settings["seed"]
+    assert 0 <= int(first.settings["seed"]) < 2**63
+
+
+def test_asking_twice_gives_equal_tasks_and_receiving_needs_asking() -> None:
+    server = make_server()
+    once, again = server.next_tasks(), server.next_tasks()
+    assert [(t.client, t.settings, t.versions, sorted(t.arrays)) for t in once] == [
+        (t.client, t.settings, t.versions, sorted(t.arrays)) for t in again
+    ]
+    with pytest.raises(InvalidArgument, match="next_tasks"):
+        make_server().receive([])
+
+
+def test_evaluation_gets_the_whole_model() -> None:
+    server = make_server()
+    play(server)
+    task = server.evaluation_task("judge")
+    assert task.kind == "evaluate"
+    assert same_bits(task.arrays, server.parameters())
+    assert task.versions.keys() == task.arrays.keys()
