@@ -11,7 +11,7 @@ from chainfed_engine.model.convert import convert
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.types import Batch
-from tests.model.conftest import inputs, relative_error, streamed
+from tests.conftest import inputs, relative_error, streamed
 
 SENTENCES = ["A glacier moves rock and soil.", "Jupiter.", "Which planet is the largest of the Solar System, and why?"]
 
@@ -43,7 +43,9 @@ def test_smollm2_in_4_bits_is_transformers_with_the_dequantised_weights(tmp_path
     pytest.importorskip("gguf")
     # Q4_1 blocks are taken over without loss; in f32 the word embeddings are those of transformers, too.
     store = convert(gguf, tmp_path / "store", block_format="int4", head_format="f32")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    ).eval()
     batch = sentence_tokens()
     with torch.no_grad():
         wanted = reference(**inputs(batch, pad_token_id=0)).logits[batch.attention_mask.bool()]
