@@ -2,8 +2,8 @@
 
 Enters: the name of a shape or a transformers config. Leaves: a store like any other, made by the same plan and writer.
 Weights have mean 0 (nf4: nearly) and standard deviation 0.02, norms are 1, biases 0. For int4, nf4 and int8 codes are
-drawn uniformly and share one scale (one offset) for the whole matrix: quantising billions of normal values would show nothing
-that this does not. bf16 and f32 weights are drawn from the normal distribution. Equal seeds give equal bytes.
+drawn uniformly and share one scale (one offset) for the whole matrix: quantising billions of normal values would show
+nothing that this does not. bf16 and f32 weights are drawn from the normal distribution. Equal seeds give equal bytes.
 """
 
 import hashlib
