@@ -15,6 +15,7 @@ bool is_tiled(BlockFormat format) { return format != BlockFormat::bf16 && format
 
 void linear_forward(const MatrixView& w, const float* x, int64_t num_tokens, const float* bias, Activation activation,
                     float* out, void* workspace) {
+  if (num_tokens == 0) return;
   if (activation == Activation::int8 && is_tiled(w.format)) {
     int8_forward(w, x, num_tokens, bias, out, workspace);
   } else {
@@ -23,12 +24,12 @@ void linear_forward(const MatrixView& w, const float* x, int64_t num_tokens, con
 }
 
 void linear_grad_input(const MatrixView& w, const float* grad_out, int64_t num_tokens, float* out, void* workspace) {
-  f32_grad_input(w, grad_out, num_tokens, false, out, workspace);
+  if (num_tokens > 0) f32_grad_input(w, grad_out, num_tokens, false, out, workspace);
 }
 
 void linear_grad_input_add(const MatrixView& w, const float* grad_out, int64_t num_tokens, float* out,
                            void* workspace) {
-  f32_grad_input(w, grad_out, num_tokens, true, out, workspace);
+  if (num_tokens > 0) f32_grad_input(w, grad_out, num_tokens, true, out, workspace);
 }
 
 int64_t linear_forward_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_rows, int64_t num_cols) {

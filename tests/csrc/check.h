@@ -70,6 +70,7 @@ int main() {
       check::fail(__FILE__, __LINE__, error.what());
     }
     std::printf("%s %s\n", check::failures() == before ? "ok  " : "FAIL", test.name);
+    std::fflush(stdout);
   }
   return check::failures() < 125 ? check::failures() : 125;
 }
