@@ -39,6 +39,7 @@ def test_sealed_samples_are_read_back_in_any_order(tmp_path: Path) -> None:
     read = found.read(["c", "a"])
     assert read is not None and read[1] == [3, 2]
     assert torch.equal(read[0], torch.cat([records[6:], records[:2]]))
+    found.close()
 
 
 def test_another_key_depth_or_format_is_a_miss_and_destroys_nothing(tmp_path: Path) -> None:
@@ -48,7 +49,9 @@ def test_another_key_depth_or_format_is_a_miss_and_destroys_nothing(tmp_path: Pa
     assert BoundaryCache.open(tmp_path, 3, "other", **FORMAT) is None
     assert BoundaryCache.open(tmp_path, 4, "key", **FORMAT) is None
     assert BoundaryCache.open(tmp_path, 3, "key", cache_format="int8", hidden_size=HIDDEN) is None
-    assert BoundaryCache.open(tmp_path, 3, "key", **FORMAT) is not None
+    kept = BoundaryCache.open(tmp_path, 3, "key", **FORMAT)
+    assert kept is not None
+    kept.close()
 
 
 def test_what_was_not_sealed_is_a_miss(tmp_path: Path) -> None:
@@ -67,6 +70,7 @@ def test_a_flipped_bit_is_a_miss(tmp_path: Path) -> None:
     path.write_bytes(data)
     found = BoundaryCache.open(tmp_path, 3, "key", **FORMAT)
     assert found is not None and found.read(["a"]) is None and "c" not in found
+    found.close()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "index", "offsets", "types", "group"])
@@ -94,14 +98,16 @@ def test_damaged_files_are_a_miss(tmp_path: Path, damage: str) -> None:
 def test_files_belong_to_their_owner_alone(tmp_path: Path) -> None:
     cache, _ = make(tmp_path / "cache")
     cache.seal()
+    cache.close()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache").iterdir()}
     assert modes == {0o600}
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
 
 
 def test_wipe_keeps_the_depths_it_is_told_to(tmp_path: Path) -> None:
-    make(tmp_path)[0].seal()
-    BoundaryCache.create(tmp_path, 4, "key", **FORMAT).seal()
+    for cache in (make(tmp_path)[0], BoundaryCache.create(tmp_path, 4, "key", **FORMAT)):
+        cache.seal()
+        cache.close()
     wipe(tmp_path, keep=[4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth-0004.bin", "depth-0004.json"]
 

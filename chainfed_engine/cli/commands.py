@@ -31,7 +31,13 @@ def synth(options: argparse.Namespace) -> int:
     from chainfed_engine.model.synth import synth as synthesise
 
     with byte_progress("synth") as progress:
-        synthesise(options.shape, options.destination, block_format=options.format, progress=progress)
+        synthesise(
+            options.shape,
+            options.destination,
+            block_format=options.format,
+            head_format=options.head_format,
+            progress=progress,
+        )
     print(f"{options.destination}: {_folder_size(options.destination)}, random layers in {options.format}")
     return 0
 
@@ -53,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
     with RunProgress(budget_bytes=config.chain.budget) as progress:
+        progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
         api.run(config, out, resume=options.resume, on_event=progress)

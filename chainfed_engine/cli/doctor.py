@@ -1,7 +1,7 @@
 """`chainfed doctor`: what this machine and this installation can do, checked by doing it.
 
-A kernel of every instruction set the processor has is launched and held to float64: int4 weights are quantised and
-decoded, the linear is computed with f32 and with int8 activations. `examine` returns a plain dict (the --json output),
+At every instruction set the processor has, kernels are launched and held to the float64 reference: int4 weights are
+quantised, the linear is computed with f32 and with int8 activations. `examine` returns a plain dict (the --json output),
 `render` the same as text; `verdict` lists every problem found.
 """
 
@@ -20,6 +20,7 @@ from chainfed_engine import native
 from chainfed_engine._version import __version__
 from chainfed_engine.cli import machine
 from chainfed_engine.errors import ChainfedError
+from chainfed_engine.native import reference
 from chainfed_engine.sizes import format_size
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -122,11 +123,9 @@ def _measure() -> dict[str, Any]:
     scales = _aligned_bytes(native.scales_bytes("int4", _ROWS, _COLS)).view(np.float16)
     native.quantize_blocks(weight, block_format="int4", codes_out=codes, scales_out=scales)
     matrix = native.Matrix.from_arrays(codes, scales, block_format="int4", num_rows=_ROWS, num_cols=_COLS)
-    decoded = np.empty_like(weight)
-    native.dequantize_rows(matrix, 0, _ROWS, out=decoded)
-
-    truth = x.astype(np.float64) @ decoded.astype(np.float64).T
-    magnitude = np.abs(x).astype(np.float64) @ np.abs(decoded).astype(np.float64).T
+    decoded = reference.dequantize(codes, scales, block_format="int4", num_rows=_ROWS, num_cols=_COLS)
+    truth = reference.linear_forward(decoded, x, None)
+    magnitude = reference.linear_forward(np.abs(decoded), np.abs(x), None)
     workspace = _aligned_bytes(native.linear_forward_workspace_bytes("int4", _TOKENS, _ROWS, _COLS))
     out = {name: np.empty((_TOKENS, _ROWS), dtype=np.float32) for name in ("f32", "int8")}
     started = 0.0

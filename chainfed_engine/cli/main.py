@@ -56,7 +56,6 @@ def _add_store_commands(subparsers: "argparse._SubParsersAction[argparse.Argumen
     convert.add_argument("source", metavar="SRC", help="folder or hub id with safetensors, or a .gguf file")
     convert.add_argument("destination", metavar="DST", help="folder of the store to write")
     _add_format(convert)
-    convert.add_argument("--head-format", choices=BLOCK_FORMATS, help="format of embeddings and head")
     convert.set_defaults(command=commands.convert)
 
     synth = subparsers.add_parser("synth", help="a store of a given shape with random weights, for trials of memory")
@@ -100,6 +99,7 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of layers (default: int4)")
+    parser.add_argument("--head-format", choices=BLOCK_FORMATS, help="of embeddings and head")
 
 
 def _size(text: str) -> int:

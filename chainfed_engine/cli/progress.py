@@ -1,15 +1,15 @@
 """Progress on stderr: a rich bar on a terminal, one plain line an event otherwise.
 
-A run reports dict events (the objects that also go to metrics.jsonl):
-    {"event": "phase", "name": text, "total": steps or None}      something begins; `total` counts "step" events
-    {"event": "step"}                                             one of them is done
-    {"event": "round", "round": 0-based, "rounds": n, "window": [first, stop], "loss": number}
+A run reports dict events (the lines of metrics.jsonl, see federation/events.py). Read here:
+    {"event": "phase", "name": text}                   something that has no rounds begins
+    {"event": "resume", "round": last finished round}  a run is taken up
+    {"event": "profile", "start_layer": layer}         the start layer is known
+    {"event": "round", "round": 0-based, "rounds": n, "window": [first, stop], "loss": number or null}
     {"event": "eval", "accuracy" or "token_loss": number}
     {"event": "memory", "peak_rss_bytes": bytes, ...}
-Keys beyond these are not read here and unknown events are passed over: the file holds more than the eye needs.
+Keys beyond these are not read and unknown events are passed over: the file holds more than the eye needs.
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from chainfed_engine.memory.meter import rss_bytes
 from chainfed_engine.sizes import format_size
 
 
@@ -48,9 +49,11 @@ class RunProgress:
         kind = str(event.get("event"))
         self._last[kind] = event
         if kind == "phase":
-            self._begin(str(event["name"]), event.get("total"))
-        elif kind == "step" and self._bar is not None and self._task is not None:
-            self._bar.advance(self._task)
+            self._begin(str(event["name"]), None)
+        elif kind == "resume":
+            self._line(f"resumed after round {int(event['round']) + 1}")
+        elif kind == "profile" and event.get("start_layer") is not None:
+            self._line(f"start layer {event['start_layer']}")
         elif kind == "round":
             self._round(event)
         elif kind == "eval":
@@ -76,7 +79,7 @@ class RunProgress:
 
     def _begin(self, name: str, total: int | None) -> None:
         if self._bar is None:
-            self._line(name if total is None else f"{name} ({total})")
+            self._line(name)
             return
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -116,15 +119,6 @@ class _PlainBytes:
             self._tenths = tenths
             sizes = f"{format_size(done_bytes)} of {format_size(total_bytes)}"
             print(f"{self._name} {10 * tenths}%  {sizes}  {what}", file=self._stream, flush=True)
-
-
-def rss_bytes() -> int:
-    """Resident set of this process now (Linux), 0 where the kernel does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as stream:
-            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 def _round_text(event: Mapping[str, Any]) -> str:

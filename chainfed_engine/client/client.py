@@ -7,7 +7,7 @@ data, the parameters it holds, and its cache folder; the trainer may be shared w
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class Client:
     @property
     def num_samples(self) -> int:
         return len(self._data)
+
+    def forget_outdated(self, current: Mapping[str, str]) -> None:
+        """Free held parameters whose version is not the one in `current`; hundreds of clients in one process hold no
+        more than the server does."""
+        self._held.forget_outdated(current)
 
     def handle(self, task: Task) -> Reply:
         """Do the task. Errors of the engine become `Reply.error`; any other exception is a bug and passes through."""

@@ -1,5 +1,7 @@
 """The global parameters a client holds: what tasks brought, kept until a newer version comes. References, no copies."""
 
+from collections.abc import Mapping
+
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.types import Arrays, Task
 
@@ -23,3 +25,9 @@ class HeldParameters:
                 f"task {task.round_id}: {len(lacking)} parameters are missing here, first {lacking[0]}"
             )
         return {key: self._arrays[key] for key in task.versions}
+
+    def forget_outdated(self, current: Mapping[str, str]) -> None:
+        """Let go of arrays that have a newer version: no task will name the old one again."""
+        for key, version in current.items():
+            if key in self._versions and self._versions[key] != version:
+                del self._versions[key], self._arrays[key]

@@ -19,7 +19,7 @@ from chainfed_engine.errors import DataError
 
 Ids = npt.NDArray[np.int32]
 
-_CHUNK_TEXTS = 256  # texts tokenised at once: bounds the library's own memory, which is far above that of the ids
+_CHUNK_TEXTS = 64  # texts tokenised at once: bounds the library's own memory, far above that of the ids
 _MAX_CONFIG_BYTES = 1 << 24
 
 

@@ -1,8 +1,9 @@
 """The lines of metrics.jsonl, made of what happened. In: summaries and measurements; out: flat JSON-able dicts.
 
 Every event carries `round`: the number (from 0) of the round it belongs to or follows, -1 before the first.
-`round`: `rounds` in all, loss, window, clients, bytes and seconds by part. `profile`: CKA scores and start layer. `memory`, `eval`,
-`resume`: see their functions. `prefix_layers_run` and other costs are sums over the round's counted clients.
+`round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
+over the counted clients. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange. `resume`: a
+run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
 """
 
 import math

@@ -48,7 +48,7 @@ def fit(
     """Run `server` (fresh, of the run's own configuration) to its end.
 
     `evaluator` scores the whole model every `eval_every` rounds and at the end (None: never). `on_event` sees every
-    line of metrics.jsonl as it is written, and `phase` and `step` events (one a reply) for a progress bar.
+    line of metrics.jsonl as it is written, and `phase` and `step` events (one a profile) for a progress bar.
     `measure_memory`: the figures of a `memory` event.
     """
     return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume)
@@ -143,15 +143,17 @@ class _Run:
 
 
 class _Watched:
-    """A transport that tells of each reply, so that a long round shows that it moves."""
+    """A transport that tells of each profile as it comes, so that a long pass shows that it moves."""
 
     def __init__(self, transport: Transport, notify: Callable[[Event], None]) -> None:
         self._transport = transport
         self._notify = notify
 
     def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        if any(task.kind == "profile" for task in tasks):
+        profiles = any(task.kind == "profile" for task in tasks)
+        if profiles:
             self._notify({"event": "phase", "name": "profile", "total": len(tasks)})
         for reply in self._transport.exchange(tasks):
-            self._notify({"event": "step"})
+            if profiles:  # rounds count themselves
+                self._notify({"event": "step"})
             yield reply

@@ -16,7 +16,8 @@ class Transport(Protocol):
 class LocalTransport:
     """`order`: in which order a round's clients work; results must not depend on it (default: as the tasks come).
 
-    Replies are handed over as they are made, so that no more than one large reply need exist at a time.
+    Replies are handed over as they are made, so that no more than one large reply need exist at a time, and clients
+    share the server's current arrays, so that memory does not grow with their number.
     """
 
     def __init__(
@@ -35,6 +36,9 @@ class LocalTransport:
         return {name: client.num_samples for name, client in self._clients.items()}
 
     def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        current = {key: version for task in tasks for key, version in task.versions.items()}
+        for holder in self._clients.values():
+            holder.forget_outdated(current)
         for task in self._order(tasks):
             client = self._clients.get(task.client)
             if client is None:

@@ -9,6 +9,7 @@
 #include "base/workspace.h"
 #include "chainfed/kernels.h"
 #include "head/cell.h"
+#include "head/int16_cell.h"
 #include "head/panel.h"
 
 namespace chainfed {
@@ -19,11 +20,20 @@ constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_a
 constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_avx2, fill_cell_avx512vnni};
 constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_avx2,
                                                        accumulate_cell_avx512vnni};
+constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_avx2, quantize_cell_avx2};
+constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_avx2, quantize_panel_avx2};
+constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_avx2,
+                                                         accumulate_int16_avx512vnni};
 #else
 constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_scalar, softmax_row_scalar};
 constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_scalar, fill_cell_scalar};
 constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_scalar,
                                                        accumulate_cell_scalar};
+constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_scalar, quantize_cell_scalar};
+constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_scalar,
+                                                     quantize_panel_scalar};
+constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_scalar,
+                                                         accumulate_int16_scalar};
 #endif
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,10 +45,12 @@ struct Chunk {
   int64_t num_tokens, hidden_size;
   float *running_max, *running_sum, *target_logit, *grad;
   float cutoff;
+  bool integer;  // quantised head and activations: the gradient's product in int16
   // Workspace.
-  float* logits;   // [num_tokens, rows of the tile]
-  float* rescale;  // [num_tokens]
-  Cell* cells;     // [blocks, kTileCells]
+  float* logits;             // [num_tokens, rows of the tile]
+  float* rescale;            // [num_tokens]
+  Cell* cells;               // [blocks, kTileCells], or
+  Int16Cell* integer_cells;  // the same memory
   void* linear;
 
   int64_t num_blocks() const { return ceil_div(num_tokens, kBlockTokens); }
@@ -49,7 +61,9 @@ int64_t carve(Workspace& workspace, BlockFormat format, int64_t num_tokens, int6
   const int64_t tokens = std::min(num_tokens, kChunkTokens), rows = std::min(num_rows, kVocabularyTile);
   chunk->logits = workspace.take<float>(tokens * rows);
   chunk->rescale = workspace.take<float>(tokens);
+  static_assert(sizeof(Int16Cell) <= sizeof(Cell) && alignof(Int16Cell) == alignof(Cell), "they share memory");
   chunk->cells = workspace.take<Cell>(ceil_div(tokens, kBlockTokens) * kTileCells);
+  chunk->integer_cells = reinterpret_cast<Int16Cell*>(chunk->cells);
   int64_t linear_bytes = linear_forward_workspace_bytes(format, tokens, rows, hidden_size);
   // The tails may need more than the full tile does: a narrow product may take another path.
   linear_bytes = std::max(linear_bytes, linear_forward_workspace_bytes(format, tokens, 1, hidden_size));
@@ -67,7 +81,23 @@ void retire_non_finite_tokens(const Chunk& chunk) {
   });
 }
 
-// Phase 2 for the tokens of one block: note the target's logit, then logits -> exp(z - max), then the cells.
+void fill_cells(const Chunk& chunk, int64_t block, int64_t num_rows, const float** e, const float* least) {
+  const FillCell fill_cell = select(kFillCell);
+  for (int64_t row = 0, index = block * kTileCells; row < num_rows; row += kCellRows, ++index) {
+    const int64_t count = std::min(kCellRows, num_rows - row);
+    if (chunk.integer) {
+      Cell cell;
+      fill_cell(e, count, least, &cell);
+      select(kQuantizeCell)(cell, &chunk.integer_cells[index]);
+    } else {
+      fill_cell(e, count, least, &chunk.cells[index]);
+    }
+    for (int64_t t = 0; t < kBlockTokens; ++t) e[t] += count;
+  }
+}
+
+// Phase 2 for the tokens of one block: note the target's logit, then logits -> exp(z - max), then the cells. The
+// target itself is left out of the cells: finish adds (p - 1) times its row, exactly.
 void weigh_block(const Chunk& chunk, int64_t block, int64_t first_row, int64_t num_rows) {
   static constexpr float kNoWeight[kVocabularyTile] = {};
   const SoftmaxRow softmax_row = select(kSoftmaxRow);
@@ -81,40 +111,53 @@ void weigh_block(const Chunk& chunk, int64_t block, int64_t first_row, int64_t n
     if (std::isnan(chunk.running_sum[t])) continue;
     float* z = chunk.logits + t * num_rows;
     const int64_t target = chunk.targets[t] - first_row;
-    if (target >= 0 && target < num_rows) chunk.target_logit[t] = z[target];
+    const bool has_target = target >= 0 && target < num_rows;
+    if (has_target) chunk.target_logit[t] = z[target];
     chunk.rescale[t] = softmax_row(z, num_rows, &chunk.running_max[t], &chunk.running_sum[t]);
     if (std::isnan(chunk.running_sum[t])) continue;
+    if (has_target) z[target] = 0.0f;
     e[i] = z;
     least[i] = std::max(chunk.cutoff * chunk.running_sum[t], std::numeric_limits<float>::min());
   }
-  if (chunk.grad == nullptr) return;
-  const FillCell fill_cell = select(kFillCell);
-  for (int64_t row = 0, c = 0; row < num_rows; row += kCellRows, ++c) {
-    fill_cell(e, std::min(kCellRows, num_rows - row), least, &chunk.cells[block * kTileCells + c]);
-    for (const float*& weights : e) weights += weights == nullptr ? 0 : kCellRows;
-  }
+  if (chunk.grad != nullptr) fill_cells(chunk, block, num_rows, e, least);
 }
 
-// grad[tokens, panel] += the cells of one column of cells * their panel.
-void accumulate_panel(const Chunk& chunk, int64_t cell_index, const float* panel, int64_t first_col, int64_t num_cols) {
-  const AccumulateCell accumulate_cell = select(kAccumulateCell);
+// accumulate(block, rows) adds one cell's product to 32 columns of 4 gradient rows; the edges go through a copy.
+template <typename Accumulate>
+void accumulate_blocks(const Chunk& chunk, int64_t first_col, int64_t num_cols, Accumulate accumulate) {
   for (int64_t block = 0; block < chunk.num_blocks(); ++block) {
-    const Cell& cell = chunk.cells[block * kTileCells + cell_index];
-    if (cell.count == 0) continue;
     const int64_t first_token = block * kBlockTokens;
     const int64_t count = std::min(kBlockTokens, chunk.num_tokens - first_token);
     float* rows[kBlockTokens];
     for (int64_t i = 0; i < count; ++i) rows[i] = chunk.grad + (first_token + i) * chunk.hidden_size + first_col;
     if (count == kBlockTokens && num_cols == kPanelCols) {
-      accumulate_cell(cell, panel, rows);
+      accumulate(block, rows);
       continue;
     }
     float edge[kBlockTokens][kPanelCols] = {};
     float* edge_rows[kBlockTokens] = {edge[0], edge[1], edge[2], edge[3]};
     for (int64_t i = 0; i < count; ++i) std::copy(rows[i], rows[i] + num_cols, edge[i]);
-    accumulate_cell(cell, panel, edge_rows);
+    accumulate(block, edge_rows);
     for (int64_t i = 0; i < count; ++i) std::copy(edge[i], edge[i] + num_cols, rows[i]);
   }
+}
+
+// grad[tokens, panel] += the cells of one column of cells * their panel.
+void accumulate_panel(const Chunk& chunk, int64_t cell_index, const float* panel, int64_t num_rows, int64_t first_col,
+                      int64_t num_cols) {
+  if (!chunk.integer) {
+    const AccumulateCell accumulate_cell = select(kAccumulateCell);
+    accumulate_blocks(chunk, first_col, num_cols, [&](int64_t block, float* const* rows) {
+      accumulate_cell(chunk.cells[block * kTileCells + cell_index], panel, rows);
+    });
+    return;
+  }
+  Int16Panel integer_panel;
+  select(kQuantizePanel)(panel, num_rows, &integer_panel);
+  const AccumulateInt16 accumulate_int16 = select(kAccumulateInt16);
+  accumulate_blocks(chunk, first_col, num_cols, [&](int64_t block, float* const* rows) {
+    accumulate_int16(chunk.integer_cells[block * kTileCells + cell_index], integer_panel, rows);
+  });
 }
 
 // Phase 3 for kPanelCols columns of the gradient.
@@ -136,7 +179,7 @@ void update_grad_columns(const Chunk& chunk, const MatrixView& shard, int64_t fi
       for (int64_t i = 0; i < kPanelCols; ++i) mean[i] += panel[r * kPanelCols + i];
     }
     for (int64_t i = 0; i < kPanelCols; ++i) mean[i] /= static_cast<float>(count);
-    accumulate_panel(chunk, c, panel, first_col, num_cols);
+    accumulate_panel(chunk, c, panel, count, first_col, num_cols);
   }
 }
 
@@ -169,6 +212,8 @@ void cross_entropy_update(const MatrixView& shard, int64_t first_row, const floa
   Chunk chunk{};
   carve(pieces, shard.format, num_tokens, shard.num_rows, hidden_size, &chunk);
   chunk.hidden_size = hidden_size;
+  chunk.integer =
+      activation == Activation::int8 && shard.format != BlockFormat::bf16 && shard.format != BlockFormat::f32;
   chunk.cutoff = activation == Activation::int8 ? kCutoffInt8 : kCutoffF32;
   for (int64_t t = 0; t < num_tokens; t += kChunkTokens) {
     chunk.num_tokens = std::min(kChunkTokens, num_tokens - t);
@@ -194,10 +239,11 @@ void cross_entropy_finish(int64_t num_tokens, int64_t hidden_size, const float* 
     loss[t] = running_max[t] + std::log(running_sum[t]) - target_logit[t];
     if (grad == nullptr) return;
     const float weight = token_weight == nullptr ? 1.0f : token_weight[t];
-    const float scale = 1.0f / running_sum[t];
+    const float scale = weight / running_sum[t];
+    const float target_scale = weight * (std::exp(target_logit[t] - running_max[t]) / running_sum[t] - 1.0f);
     float* g = grad + t * hidden_size;
     const float* row = target_row + t * hidden_size;
-    for (int64_t d = 0; d < hidden_size; ++d) g[d] = weight * (g[d] * scale - row[d]);
+    for (int64_t d = 0; d < hidden_size; ++d) g[d] = g[d] * scale + target_scale * row[d];
   });
 }
 

@@ -30,7 +30,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def run(config: RunConfig, out: Path, *, resume: bool, on_event: Any) -> None:
         calls.append(("run", config, out, resume))
-        on_event({"event": "phase", "name": "profile", "total": 2})
+        on_event({"event": "profile", "round": -1, "start_layer": 2, "cka": []})
         on_event({"event": "round", "round": 0, "rounds": 2, "window": [2, 4], "loss": 0.5})
         on_event({"event": "memory", "peak_rss_bytes": 100 << 20})
         on_event({"event": "eval", "accuracy": 0.75})
@@ -113,9 +113,9 @@ def test_run_loads_the_file_with_overrides_and_reports_rounds(
     assert (out, resume) == (Path("out"), True)
     shown = capsys.readouterr()
     lines = shown.err.splitlines()
-    assert lines[0] == "profile (2)"
-    assert lines[1].startswith("round 1/2  layers 2-3  loss 0.5000  ") and lines[1].endswith(" of 512.0 MiB")
-    assert lines[2] == "eval  accuracy 0.7500"
+    assert lines[:2] == ["reading model and data", "start layer 2"]
+    assert lines[2].startswith("round 1/2  layers 2-3  loss 0.5000  ") and lines[2].endswith(" of 512.0 MiB")
+    assert lines[3] == "eval  accuracy 0.7500"
     assert shown.out == "out: accuracy 0.7500, peak 100.0 MiB of 512.0 MiB\n"
 
 
@@ -159,15 +159,15 @@ def test_convert_and_synth_pass_formats_on(
         Path(destination).mkdir()
         Path(destination, "layer-0000.safetensors").write_bytes(bytes(2048))
 
-    def synth(shape: str, destination: str, *, block_format: str, progress: Any) -> None:
-        calls.append((shape, destination, block_format))
+    def synth(shape: str, destination: str, *, block_format: str, head_format: str | None, progress: Any) -> None:
+        calls.append((shape, destination, block_format, head_format))
 
     monkeypatch.setitem(sys.modules, "chainfed_engine.model.convert", SimpleNamespace(convert=convert))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "chainfed_engine.model.synth", SimpleNamespace(synth=synth))  # type: ignore[arg-type]
     store = str(tmp_path / "store")
     assert main(["convert", "model", store, "--head-format", "int8"]) == 0
     assert main(["synth", "--shape", "bert-large", store, "--format", "nf4"]) == 0
-    assert calls == [("model", store, "int4", "int8"), ("bert-large", store, "nf4")]
+    assert calls == [("model", store, "int4", "int8"), ("bert-large", store, "nf4", None)]
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0] == f"{store}: 2.0 KiB in 1 files, layers in int4"
     assert shown.err == "convert 50%  512 B of 1.0 KiB  layer-0000.safetensors\n"

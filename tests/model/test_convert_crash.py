@@ -186,7 +186,7 @@ def sparse_checkpoint(folder: Path, rows: int) -> None:
         file.truncate(8 + len(header) + end)
 
 
-@pytest.mark.parametrize("block_format", ["f32", "bf16"])
+@pytest.mark.parametrize("block_format", ["f32", "bf16", "int4", "nf4", "int8"])
 def test_peak_memory_stays_far_below_the_largest_tensor(block_format: str, tmp_path: Path) -> None:
     """A sparse checkpoint: word embeddings of 256 MiB of zeros and a tiny layer."""
     rows, columns = 1 << 20, 64

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, UnsupportedModel
 from chainfed_engine.model.convert import convert
 from chainfed_engine.model.convert.gguf_config import hf_config
@@ -131,7 +132,6 @@ def test_without_an_output_matrix_the_embeddings_are_tied(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("block", [("int4", "Q4_1"), ("int8", "Q8_0")])
 def test_blocks_that_match_the_store_are_taken_over_without_loss(block: tuple[str, str], tmp_path: Path) -> None:
-    native = pytest.importorskip("chainfed_engine.native")
     block_format, kind = block
     weights = write_gguf(tmp_path / "model.gguf", "llama", kind)
     store = convert(tmp_path / "model.gguf", tmp_path / "store", block_format=block_format, head_format=block_format)

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
 from chainfed_engine import stand_in
 from chainfed_engine.errors import NonFiniteLoss
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays, Reply, Task
+from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
 SCORES = np.array([0.95, 0.9, 0.7, 0.5, 0.3, 0.2])
 

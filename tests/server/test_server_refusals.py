@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.server.server_parts import Site, make_server, play, same_bits
 
 from chainfed_engine.errors import InconsistentUpdates, NonFiniteLoss
 from chainfed_engine.server import MAX_REJECTED_IN_A_ROW, Server
 from chainfed_engine.types import Reply
+from tests.server.server_parts import Site, make_server, play, same_bits
 
 KEY = "adapters.1.up_weight"
 

@@ -2,11 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
-from tests.server.server_parts import Site, changed_keys, make_server, play, same_bits
 
 from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays, Reply, Window
+from tests.server.server_parts import Site, changed_keys, make_server, play, same_bits
 
 
 def test_the_window_moves_up_one_layer_a_round_and_wraps() -> None:

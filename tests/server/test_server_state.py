@@ -3,10 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.server.server_parts import Site, make_server, play, same_bits
 
 from chainfed_engine.errors import ConfigError, CorruptFile
 from chainfed_engine.server import Server
+from tests.server.server_parts import Site, make_server, play, same_bits
 
 
 def _saved(server: Server) -> tuple[Any, Any]:

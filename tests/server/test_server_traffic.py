@@ -1,8 +1,8 @@
 import numpy as np
-from tests.server.server_parts import Site, make_server, play
 
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays
+from tests.server.server_parts import Site, make_server, play
 
 ALL = {"samples": {"a": 5, "b": 6}, "clients_per_round": 2}
 

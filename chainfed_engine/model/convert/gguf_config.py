@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chainfed_engine.errors import CorruptFile, UnsupportedModel
+from chainfed_engine.model.convert.gguf_header import ArrayLength
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -57,7 +58,7 @@ def hf_config(
             f"GGUF architecture {architecture!r:.100}: expected one of {', '.join(ARCHITECTURES)}; "
             "encoders are converted from safetensors"
         )
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count") not in (None, 0, 1):
         raise UnsupportedModel(
             "the GGUF file is one part of a split file; join them first with llama-gguf-split --merge"
         )
@@ -105,6 +106,8 @@ class _Fields:
 
     def optional(self, key: str, default: Any) -> Any:
         value = self._metadata.get(f"{self._architecture}.{key}", default)
+        if isinstance(value, ArrayLength):
+            raise UnsupportedModel(f"GGUF metadata {self._architecture}.{key} differs between layers")
         if type(value) is not type(default):
             raise CorruptFile(
                 f"GGUF metadata {self._architecture}.{key} is {value!r:.100}; expected {default!r}'s type"
@@ -143,6 +146,8 @@ def _rope_scaling(fields: _Fields, head_dim: int, rope_factors: NDArray[np.float
 def _llama3_scaling(rope_factors: NDArray[np.float32], head_dim: int, rope_theta: float) -> dict[str, Any]:
     """Llama 3's scaling from the per-frequency factors the file carries, checked against them to 1e-4."""
     factor = float(rope_factors.max(initial=1.0))
+    if not math.isfinite(factor):
+        raise CorruptFile(f"{ROPE_FACTORS} in the GGUF file holds {factor}")
     original, low, high = 8192, 1.0, 4.0  # of every Llama 3.1, 3.2 and 3.3
     wavelengths = 2 * np.pi * rope_theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)

@@ -31,10 +31,10 @@ Event = Mapping[str, Any]
 def plan_for(info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0) -> Plan:
     """The plan of a run with this store on this process. Raises MemoryBudgetExceeded."""
     import chainfed_engine.model.families as families
-    from chainfed_engine.memory.meter import resident_bytes
+    from chainfed_engine.memory.meter import rss_bytes
 
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
-    request = Request(info.shape, store_sizes(info), config, task, resident_bytes(), data_bytes)
+    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes)
     return make_plan(request)
 
 
@@ -127,11 +127,11 @@ class Session:
         self.close()
 
     def _memory(self) -> dict[str, int]:
-        from chainfed_engine.memory.meter import peak_resident_bytes
+        from chainfed_engine.memory.meter import peak_rss_bytes
 
         stats = self.store.stats()
         return {
-            "peak_rss_bytes": peak_resident_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_bytes": self.plan.predicted_peak_bytes,
             "bytes_read": stats["bytes_read"],
             "stall_ns": stats["stall_ns"],

@@ -1,0 +1,65 @@
+"""Hundreds of clients and rounds with a trainer that costs next to nothing: what is left is the federation itself."""
+
+import gc
+import json
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+from chainfed_engine.federation import LocalTransport, RunDirectory, fit
+from tests.federation.fake_site import FakeTrainer, clients, config, run, server_of
+
+
+def test_three_hundred_clients_in_one_round(tmp_path: Path) -> None:
+    run(tmp_path / "run", config(clients_per_round=300, rounds=3, eval_every=0), count=300)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rounds = [event for event in map(json.loads, lines) if event["event"] == "round"]
+    assert all(len(event["clients"]) == 300 for event in rounds)
+
+
+def test_two_hundred_rounds_over_two_hundred_clients_keep_memory_flat(tmp_path: Path) -> None:
+    chain = config(clients_per_round=8, rounds=200, eval_every=50, max_local_steps=1)
+    traced: list[int] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "memory" and event["round"] in (60, 199):
+            gc.collect()
+            traced.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        run(tmp_path / "run", chain, count=200, on_event=on_event)
+    finally:
+        tracemalloc.stop()
+    early, late = traced
+    assert late - early < 256 * 1024, f"{late - early} bytes more after 140 rounds"
+    assert len(list((tmp_path / "run" / "state").glob("state-*"))) == 2
+
+
+def test_clients_in_one_process_hold_no_more_than_the_current_parameters(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    transport = LocalTransport(clients(60, trainer))
+    chain = config(clients_per_round=3, rounds=80, stand_in=False, start_layer=0, eval_every=0)
+    server = server_of(chain, transport)
+    with RunDirectory(tmp_path / "run") as directory:
+        fit(server, transport, None, directory)
+    task = server.evaluation_task("anyone")
+    list(transport.exchange([]))
+    for client in transport._clients.values():
+        client.forget_outdated(task.versions)
+        assert all(array is task.arrays[key] for key, array in client._held._arrays.items())
+
+
+def test_the_server_costs_microseconds_a_client(tmp_path: Path) -> None:
+    transport = LocalTransport(clients(100, FakeTrainer()))
+    chain = config(clients_per_round=100, rounds=10, eval_every=0, stand_in=False, start_layer=0)
+    events: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    with RunDirectory(tmp_path / "run") as directory:
+        fit(server_of(chain, transport), transport, None, directory, on_event=events.append)
+    elapsed = time.perf_counter() - started
+    rounds = [event["seconds"] for event in events if event["event"] == "round"]
+    server = sorted(seconds["server"] for seconds in rounds)[len(rounds) // 2] / 100
+    assert server < 2e-3, f"{server * 1e6:.0f} microseconds of server time a client"
+    assert elapsed < 60
