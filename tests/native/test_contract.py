@@ -101,7 +101,9 @@ def quant_cases() -> list[Case]:
         Case(
             "repack_q4_1",
             {"blocks": blocks, **{name: like(array) for name, array in stored.items()}},
-            lambda a: native.repack_q4_1(a["blocks"], codes_out=a["codes_out"], scales_out=a["scales_out"]),
+            lambda a: native.repack_q4_1(
+                a["blocks"], num_rows=ROWS, num_cols=COLS, codes_out=a["codes_out"], scales_out=a["scales_out"]
+            ),
             set(stored),
             flat=set(stored),
         ),
@@ -290,7 +292,9 @@ def test_a_read_only_output_is_refused_by_name(case: Case, name: str) -> None:
 def test_an_output_that_shares_memory_is_refused_by_name(case: Case, output: str, other: str) -> None:
     sizes = [case.arrays[name].nbytes for name in (output, other)]
     memory = aligned((max(sizes),), np.uint8)
-    shared = {name: memory[:size].view(case.arrays[name].dtype) for name, size in zip((output, other), sizes)}
+    shared = {
+        name: memory[:size].view(case.arrays[name].dtype) for name, size in zip((output, other), sizes, strict=True)
+    }
     shared = {name: array.reshape(case.arrays[name].shape) for name, array in shared.items()}
     shared[other][...] = case.arrays[other]  # valid indices, where they are indices
     refuse(case, {**case.arrays, **shared}, "must not share memory")

@@ -122,12 +122,13 @@ def test_repacked_gguf_blocks_decode_as_gguf_says(row_bytes: tuple[str, int]) ->
     else:
         block_format, expected = "int8", scale * blocks[..., 2:].view(np.int8)
     codes_out, scales_out = code_array(block_format, 11, 96), scale_array(block_format, 11, 96)
-    getattr(native, name)(blocks.reshape(11, -1), codes_out=codes_out, scales_out=scales_out)
+    stored = {"num_rows": 11, "num_cols": 96, "codes_out": codes_out, "scales_out": scales_out}
+    getattr(native, name)(blocks.reshape(11, -1), **stored)
     got = reference.dequantize(codes_out, scales_out, block_format=block_format, num_rows=11, num_cols=96)
     np.testing.assert_array_equal(got, expected.reshape(11, 96))
     blocks[7, 2, 1] = 0x7C
     with pytest.raises(CorruptFile, match="row 7, block 2"):
-        getattr(native, name)(blocks.reshape(11, -1), codes_out=codes_out, scales_out=scales_out)
+        getattr(native, name)(blocks.reshape(11, -1), **stored)
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
