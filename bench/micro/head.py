@@ -74,9 +74,7 @@ def native_step(
         "target_row": np.zeros_like(hidden),
     }
     for first, matrix in shards:
-        native.cross_entropy_update(
-            matrix, first, hidden, targets, activation=activation, workspace=workspace, **state
-        )
+        native.cross_entropy_update(matrix, first, hidden, targets, activation=activation, workspace=workspace, **state)
     loss = np.empty(num_tokens, np.float32)
     native.cross_entropy_finish(token_weight=None, loss_out=loss, **state)
     return loss, state["grad"]
