@@ -54,7 +54,7 @@ class StageTrainer:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
             classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
-                classifier.pooling, classifier.pool, model.final_norm, classifier.logits
+                classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
         else:
             if model.head is None:
@@ -188,6 +188,8 @@ class StageTrainer:
         """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""
         size = self.micro_batch or len(batch.sample_ids)
         total = _num_targets(batch)
+        if total == 0:
+            raise InvalidArgument("step: no token of the batch carries a label; drop it or raise sequence_length")
         for first in range(0, len(batch.sample_ids), size):
             part = slice_batch(batch, slice(first, first + size))
             share = _num_targets(part) / total
@@ -212,7 +214,4 @@ def _num_targets(batch: Batch) -> int:
         raise InvalidArgument("step: the batch has no labels; give `labels` with every training batch")
     if batch.labels.ndim == 1:
         return len(batch.labels)
-    count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    if count == 0:
-        raise InvalidArgument("step: no token of the batch carries a label; drop such batches or raise sequence_length")
-    return count
+    return int((batch.labels[:, 1:] != IGNORE_INDEX).sum())

@@ -14,28 +14,28 @@
 namespace chainfed {
 namespace {
 
-void copy_in(const float* row, int64_t hidden_size, uint8_t* record) {
-  std::memcpy(record, row, static_cast<size_t>(hidden_size) * sizeof(float));
+void copy_in(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records) {
+  std::memcpy(records, rows, static_cast<size_t>(num_tokens * hidden_size) * sizeof(float));
 }
 void copy_out(const uint8_t* record, int64_t hidden_size, float* row) {
   std::memcpy(row, record, static_cast<size_t>(hidden_size) * sizeof(float));
 }
 
 #ifdef CHAINFED_X86
-constexpr SimdTable<EncodeRow> kEncodeInt8 = {encode_int8_row_scalar, encode_int8_row_avx2, encode_int8_row_avx512vnni};
+constexpr SimdTable<EncodeRows> kEncodeInt8 = {encode_int8_scalar, encode_int8_avx2, encode_int8_avx512vnni};
 constexpr SimdTable<DecodeRow> kDecodeInt8 = {decode_int8_row_scalar, decode_int8_row_avx2, decode_int8_row_avx512vnni};
-constexpr SimdTable<EncodeRow> kEncodeBf16 = {encode_bf16_row_scalar, encode_bf16_row_avx2, encode_bf16_row_avx2};
+constexpr SimdTable<EncodeRows> kEncodeBf16 = {encode_bf16_scalar, encode_bf16_avx2, encode_bf16_avx2};
 constexpr SimdTable<DecodeRow> kDecodeBf16 = {decode_bf16_row_scalar, decode_bf16_row_avx2, decode_bf16_row_avx2};
 constexpr SimdTable<ApplyAdapter> kApplyAdapter = {apply_adapter_scalar, apply_adapter_avx2, apply_adapter_avx512vnni};
 #else
-constexpr SimdTable<EncodeRow> kEncodeInt8 = {encode_int8_row_scalar, encode_int8_row_scalar, encode_int8_row_scalar};
+constexpr SimdTable<EncodeRows> kEncodeInt8 = {encode_int8_scalar, encode_int8_scalar, encode_int8_scalar};
 constexpr SimdTable<DecodeRow> kDecodeInt8 = {decode_int8_row_scalar, decode_int8_row_scalar, decode_int8_row_scalar};
-constexpr SimdTable<EncodeRow> kEncodeBf16 = {encode_bf16_row_scalar, encode_bf16_row_scalar, encode_bf16_row_scalar};
+constexpr SimdTable<EncodeRows> kEncodeBf16 = {encode_bf16_scalar, encode_bf16_scalar, encode_bf16_scalar};
 constexpr SimdTable<DecodeRow> kDecodeBf16 = {decode_bf16_row_scalar, decode_bf16_row_scalar, decode_bf16_row_scalar};
 constexpr SimdTable<ApplyAdapter> kApplyAdapter = {apply_adapter_scalar, apply_adapter_scalar, apply_adapter_scalar};
 #endif
 
-EncodeRow row_encoder(CacheFormat format) {
+EncodeRows row_encoder(CacheFormat format) {
   if (format == CacheFormat::int8) return select(kEncodeInt8);
   return format == CacheFormat::bf16 ? select(kEncodeBf16) : copy_in;
 }
@@ -45,19 +45,14 @@ DecodeRow row_decoder(CacheFormat format) {
   return format == CacheFormat::bf16 ? select(kDecodeBf16) : copy_out;
 }
 
-void encode_range(const float* hidden, int64_t begin, int64_t end, int64_t hidden_size, EncodeRow encode, int64_t bytes,
-                  uint8_t* records) {
-  for (int64_t t = begin; t < end; ++t) encode(hidden + t * hidden_size, hidden_size, records + t * bytes);
-}
-
 void adapt_and_encode_range(const float* hidden, int64_t begin, int64_t end, int64_t hidden_size,
-                            const BottleneckView& adapter, ApplyAdapter apply, EncodeRow encode, int64_t bytes,
+                            const BottleneckView& adapter, ApplyAdapter apply, EncodeRows encode, int64_t bytes,
                             uint8_t* records) {
   alignas(64) float adapted[kAdapterTokens * kMaxAdapterHiddenSize];  // touched only as far as hidden_size needs
   for (int64_t t = begin; t < end; t += kAdapterTokens) {
     const int64_t count = std::min(kAdapterTokens, end - t);
     apply(adapter, hidden + t * hidden_size, count, hidden_size, adapted);
-    encode_range(adapted, 0, count, hidden_size, encode, bytes, records + t * bytes);
+    encode(adapted, count, hidden_size, records + t * bytes);
   }
 }
 
@@ -71,16 +66,16 @@ int64_t record_bytes(CacheFormat format, int64_t hidden_size) {
   }
   if (format == CacheFormat::f32) return 4 * hidden_size;
   if (format == CacheFormat::bf16) return 2 * hidden_size;
-  return outliers_offset(hidden_size) + num_outliers(hidden_size) * kOutlierBytes;
+  return int8_record_bytes(hidden_size);
 }
 
 void boundary_encode(const float* hidden, int64_t num_tokens, int64_t hidden_size, const BottleneckView* adapter,
                      CacheFormat format, uint8_t* records) {
   const int64_t bytes = record_bytes(format, hidden_size);
-  const EncodeRow encode = row_encoder(format);
+  const EncodeRows encode = row_encoder(format);
   if (adapter == nullptr) {
     parallel_ranges(num_tokens, [&](int64_t begin, int64_t end, int) {
-      encode_range(hidden, begin, end, hidden_size, encode, bytes, records);
+      encode(hidden + begin * hidden_size, end - begin, hidden_size, records + begin * bytes);
     });
     return;
   }

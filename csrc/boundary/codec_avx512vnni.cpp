@@ -1,97 +1,96 @@
 #include <immintrin.h>
 
 #include "boundary/codec.h"
-#include "boundary/record.h"
+#include "boundary/encode_int8-inl.h"
 
 namespace chainfed {
 namespace {
-
-// The values of one group, masked to zero beyond the row's end and in the outliers' places.
-struct Group {
-  __m512 part[4];
-};
-
-Group load_group(const float* values, uint64_t keep) {
-  Group group;
-  for (int i = 0; i < 4; ++i) {
-    group.part[i] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep >> (16 * i)), values + 16 * i);
-  }
-  return group;
-}
 
 __m512i magnitudes(__m512 values) {
   return _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(static_cast<int>(kMagnitudeMask)));
 }
 
-uint32_t max_magnitude_bits(const Group& group) {
-  const __m512i low = _mm512_max_epu32(magnitudes(group.part[0]), magnitudes(group.part[1]));
-  const __m512i high = _mm512_max_epu32(magnitudes(group.part[2]), magnitudes(group.part[3]));
-  return static_cast<uint32_t>(_mm512_reduce_max_epu32(_mm512_max_epu32(low, high)));
+__m512i load_magnitudes(const float* values) { return magnitudes(_mm512_loadu_ps(values)); }
+
+// Magnitudes have a clear sign bit, so signed maxima order them; the compiler's own reduction takes more steps.
+uint32_t reduce_max(__m512i values) {
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(values), _mm512_extracti64x4_epi64(values, 1));
+  __m128i quarter = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0x4E));
+  quarter = _mm_max_epi32(quarter, _mm_shuffle_epi32(quarter, 0xB1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(quarter));
 }
 
-// One bit a column of the group that exists.
-uint64_t columns_present(int64_t hidden_size, int64_t group) {
-  const int64_t width = hidden_size - group * kGroupSize;
-  return width >= kGroupSize ? ~uint64_t{0} : (uint64_t{1} << width) - 1;
-}
-
-int64_t find_outliers(const float* row, int64_t hidden_size, uint32_t* group_max, uint16_t* columns) {
-  const int64_t groups = num_groups(hidden_size), slots = num_outliers(hidden_size);
-  for (int64_t g = 0; g < groups; ++g) {
-    group_max[g] = max_magnitude_bits(load_group(row + g * kGroupSize, columns_present(hidden_size, g)));
+struct Avx512 {
+  static uint32_t max_bits(const float* values) {
+    const __m512i low = _mm512_max_epu32(load_magnitudes(values), load_magnitudes(values + 16));
+    const __m512i high = _mm512_max_epu32(load_magnitudes(values + 32), load_magnitudes(values + 48));
+    return reduce_max(_mm512_max_epu32(low, high));
   }
-  const uint32_t bound = outlier_bound(group_max, groups, slots);
-  LargestMagnitudes largest(slots);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint32_t least = std::max(bound, largest.least_bits());
-    if (group_max[g] < least) continue;
-    const uint64_t present = columns_present(hidden_size, g);
-    const Group group = load_group(row + g * kGroupSize, present);
+  static uint32_t max_bits_without(const float* values, uint64_t out) {
+    __m512i part[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto keep = static_cast<__mmask16>(~out >> (16 * i));
+      part[i] = magnitudes(_mm512_maskz_loadu_ps(keep, values + 16 * i));
+    }
+    return reduce_max(_mm512_max_epu32(_mm512_max_epu32(part[0], part[1]), _mm512_max_epu32(part[2], part[3])));
+  }
+  static int64_t first_of_largest(const uint32_t* values, int64_t count) {
+    __m512i largest = _mm512_load_si512(values);
+    for (int64_t i = 16; i < count; i += 16) largest = _mm512_max_epu32(largest, _mm512_load_si512(values + i));
+    const __m512i wanted = _mm512_set1_epi32(static_cast<int>(reduce_max(largest)));
+    // 64 at a time, so that the loop's length does not depend on where the largest is.
+    for (int64_t first = 0;; first += 64) {
+      uint64_t mask = 0;
+      for (int64_t i = 0; i < std::min<int64_t>(64, count - first); i += 16) {
+        mask |= static_cast<uint64_t>(_mm512_cmpeq_epu32_mask(_mm512_load_si512(values + first + i), wanted)) << i;
+      }
+      if (mask != 0) return first + __builtin_ctzll(mask);
+    }
+  }
+  static uint64_t equal(const float* values, uint32_t bits) {
+    const __m512i wanted = _mm512_set1_epi32(static_cast<int>(bits));
     uint64_t mask = 0;
     for (int i = 0; i < 4; ++i) {
-      const __m512i least_bits = _mm512_set1_epi32(static_cast<int>(least));
-      mask |= static_cast<uint64_t>(_mm512_cmpge_epu32_mask(magnitudes(group.part[i]), least_bits)) << (16 * i);
+      mask |= static_cast<uint64_t>(_mm512_cmpeq_epu32_mask(load_magnitudes(values + 16 * i), wanted)) << (16 * i);
     }
-    for (mask &= present; mask != 0; mask &= mask - 1) {
-      const int64_t column = g * kGroupSize + __builtin_ctzll(mask);
-      largest.offer(float_bits(row[column]) & kMagnitudeMask, column);
+    return mask;
+  }
+  static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {
+    for (int64_t g = 0; g < count; g += 16) {
+      const __m512 largest = _mm512_castsi512_ps(_mm512_load_si512(max_bits + g));
+      const __m512 scale = _mm512_div_ps(largest, _mm512_set1_ps(127.0f));
+      const __m256i rounded_up = _mm512_cvtps_ph(scale, _MM_FROUND_TO_POS_INF);
+      // An infinite or NaN maximum gives an infinite or NaN half, too.
+      const __mmask16 good = _mm256_cmplt_epu16_mask(rounded_up, _mm256_set1_epi16(kInfinityHalf));
+      const __mmask16 positive = _mm256_cmpneq_epi16_mask(rounded_up, _mm256_setzero_si256());
+      const __m256i half = _mm256_mask_blend_epi16(good, _mm256_set1_epi16(kNanHalf), rounded_up);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(halves + g), half);
+      const __m512 stored = _mm512_cvtph_ps(rounded_up);
+      _mm512_store_ps(inverse + g, _mm512_maskz_div_ps(good & positive, _mm512_set1_ps(1.0f), stored));
     }
   }
-  return largest.columns(columns);
-}
+  static void quantize(const float* values, float inverse, int8_t* codes) {
+    const __m512 factor = _mm512_set1_ps(inverse);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), factor));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * i), _mm512_cvtepi32_epi8(code));
+    }
+  }
+};
 
 }  // namespace
 
-void encode_int8_row_avx512vnni(const float* row, int64_t hidden_size, uint8_t* record) {
-  uint32_t group_max[kMaxGroups];
-  uint16_t columns[kMaxOutliers];
-  const int64_t count = find_outliers(row, hidden_size, group_max, columns);
-  uint8_t* scales = record + scales_offset(hidden_size);
-  int64_t next = 0;
-  for (int64_t g = 0; g < num_groups(hidden_size); ++g) {
-    const int64_t first = g * kGroupSize, begin = next;
-    uint64_t keep = columns_present(hidden_size, g);
-    for (; next < count && columns[next] < first + kGroupSize; ++next)
-      keep &= ~(uint64_t{1} << (columns[next] - first));
-    const Group group = load_group(row + first, keep);
-    const GroupScale scale = group_scale(next > begin ? max_magnitude_bits(group) : group_max[g]);
-    std::memcpy(scales + g * 2, &scale.half, 2);
-    const __m512 factor = _mm512_set1_ps(scale.inverse);
-    for (int i = 0; i < 4; ++i) {
-      // With no scale (all zero, or NaN) the codes are zero, whatever infinity * 0 would give.
-      const __m512i code =
-          _mm512_maskz_cvtps_epi32(scale.inverse == 0.0f ? 0 : 0xFFFF, _mm512_mul_ps(group.part[i], factor));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(record + first + 16 * i), _mm512_cvtsepi32_epi8(code));
-    }
-  }
-  write_outliers(row, hidden_size, columns, count, record);
+void encode_int8_avx512vnni(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records) {
+  encode_int8_rows<Avx512>(rows, num_tokens, hidden_size, records);
 }
 
 void decode_int8_row_avx512vnni(const uint8_t* record, int64_t hidden_size, float* row) {
   const uint8_t* scales = record + scales_offset(hidden_size);
   for (int64_t g = 0; g < num_groups(hidden_size); ++g) {
     const int64_t first = g * kGroupSize;
-    const uint64_t present = columns_present(hidden_size, g);
+    const int64_t width = hidden_size - first;
+    const uint64_t present = width >= kGroupSize ? ~uint64_t{0} : (uint64_t{1} << width) - 1;
     uint16_t half;
     std::memcpy(&half, scales + g * 2, sizeof half);
     const __m512 scale = _mm512_set1_ps(_cvtsh_ss(half));

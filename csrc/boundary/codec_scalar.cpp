@@ -1,41 +1,53 @@
 #include <cmath>
 
 #include "boundary/codec.h"
-#include "boundary/record.h"
+#include "boundary/encode_int8-inl.h"
 
 namespace chainfed {
 namespace {
 
-uint32_t max_magnitude_bits(const float* values, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, float_bits(values[i]) & kMagnitudeMask);
-  return largest;
-}
+struct Scalar {
+  static uint32_t max_bits(const float* values) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < kGroupSize; ++i) largest = std::max(largest, float_bits(values[i]) & kMagnitudeMask);
+    return largest;
+  }
+  static uint32_t max_bits_without(const float* values, uint64_t out) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < kGroupSize; ++i) {
+      if ((out >> i & 1) == 0) largest = std::max(largest, float_bits(values[i]) & kMagnitudeMask);
+    }
+    return largest;
+  }
+  static int64_t first_of_largest(const uint32_t* values, int64_t count) {
+    return std::max_element(values, values + count) - values;
+  }
+  static uint64_t equal(const float* values, uint32_t bits) {
+    uint64_t mask = 0;
+    for (int64_t i = 0; i < kGroupSize; ++i) {
+      mask |= static_cast<uint64_t>((float_bits(values[i]) & kMagnitudeMask) == bits) << i;
+    }
+    return mask;
+  }
+  static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {
+    for (int64_t g = 0; g < count; ++g) {
+      const GroupScale scale = group_scale(max_bits[g]);
+      halves[g] = scale.half;
+      inverse[g] = scale.inverse;
+    }
+  }
+  static void quantize(const float* values, float inverse, int8_t* codes) {
+    for (int64_t i = 0; i < kGroupSize; ++i) {
+      const float code = std::nearbyint(values[i] * inverse);
+      codes[i] = std::fabs(code) <= 127.0f ? static_cast<int8_t>(code) : 0;  // an outlier would overflow the cast
+    }
+  }
+};
 
 }  // namespace
 
-void encode_int8_row_scalar(const float* row, int64_t hidden_size, uint8_t* record) {
-  LargestMagnitudes largest(num_outliers(hidden_size));
-  for (int64_t i = 0; i < hidden_size; ++i) largest.offer(float_bits(row[i]) & kMagnitudeMask, i);
-  uint16_t columns[kMaxOutliers];
-  const int64_t count = largest.columns(columns);
-
-  int8_t* codes = reinterpret_cast<int8_t*>(record);
-  uint8_t* scales = record + scales_offset(hidden_size);
-  int64_t next = 0;
-  for (int64_t group = 0; group < num_groups(hidden_size); ++group) {
-    const int64_t begin = next;
-    while (next < count && columns[next] < (group + 1) * kGroupSize) ++next;
-    float values[kGroupSize];
-    copy_group(row, hidden_size, group, columns, begin, next, values);
-    const GroupScale scale = group_scale(max_magnitude_bits(values, kGroupSize));
-    std::memcpy(scales + group * 2, &scale.half, 2);
-    for (int64_t i = 0; i < kGroupSize; ++i) {
-      codes[group * kGroupSize + i] =
-          scale.inverse == 0.0f ? 0 : static_cast<int8_t>(std::nearbyint(values[i] * scale.inverse));
-    }
-  }
-  write_outliers(row, hidden_size, columns, count, record);
+void encode_int8_scalar(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records) {
+  encode_int8_rows<Scalar>(rows, num_tokens, hidden_size, records);
 }
 
 void decode_int8_row_scalar(const uint8_t* record, int64_t hidden_size, float* row) {
@@ -49,10 +61,11 @@ void decode_int8_row_scalar(const uint8_t* record, int64_t hidden_size, float* r
   patch_outliers(record, hidden_size, row);
 }
 
-void encode_bf16_row_scalar(const float* row, int64_t hidden_size, uint8_t* record) {
-  for (int64_t i = 0; i < hidden_size; ++i) {
-    const uint16_t half = float_to_bf16(row[i]);
-    std::memcpy(record + 2 * i, &half, sizeof half);
+void encode_bf16_scalar(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records) {
+  const int64_t count = num_tokens * hidden_size;  // records follow one another without a gap, as rows do
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t half = float_to_bf16(rows[i]);
+    std::memcpy(records + 2 * i, &half, sizeof half);
   }
 }
 

@@ -1,8 +1,9 @@
 // The gradient's product in 16-bit integers, for quantised heads with quantised activations: twice the multiplications
 // an instruction of f32. A cell's weights become integers with one scale a token, its panel of W integers with one
 // scale a column; 32-bit sums of the products cannot overflow, because a token's integers add up to at most
-// kWeightSum + 65 and a panel's stay within 32767. The rounding moves a token's gradient by less than 1e-4 of the
-// cell's probability times max |W|: a hundredth of what rounding the activations to 8 bits does.
+// kWeightSum + 65 and a panel's stay within 32767. A token's gradient moves by at most 129 half units of
+// 1 / 65000, 1e-3 of the cell's probability times max |W|, and in practice by 1e-4, for roundings cancel: a hundredth
+// of what rounding the activations to 8 bits does.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +14,8 @@ namespace chainfed {
 constexpr int64_t kMaxPairs = kCellRows / 2 + 1;
 constexpr float kWeightSum = 65000.0f;
 constexpr float kLargestInt16 = 32767.0f;
+// Scales below this count as 0, lest their inverse overflow; weights are relative to a maximum of 1.
+constexpr float kLeastScale = 1e-30f;
 
 // The listed rows two by two; an odd list is filled up with a weight of 0.
 struct alignas(64) Int16Cell {

@@ -2,12 +2,14 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 namespace chainfed {
 namespace {
 
 __m128 inverse_or_zero(__m128 scale) {
-  const __m128 positive = _mm_cmpgt_ps(scale, _mm_setzero_ps());
-  return _mm_and_ps(positive, _mm_div_ps(_mm_set1_ps(1.0f), scale));
+  const __m128 usable = _mm_cmpge_ps(scale, _mm_set1_ps(kLeastScale));
+  return _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(1.0f), scale));
 }
 
 __m256i quantize_8(const float* values, __m256 factor) {
@@ -23,6 +25,12 @@ void quantize_row(const float* row, const __m256 factor[4], int16_t* out) {
     const __m256i right = quantize_8(row + 16 + 8 * half, factor[2 + half]);
     _mm256_store_si256(reinterpret_cast<__m256i*>(out + 16 * half), _mm256_packs_epi32(left, right));
   }
+}
+
+int32_t pair_of_weights(const Int16Cell& cell, int32_t pair, int64_t t) {
+  int32_t both;
+  std::memcpy(&both, cell.weight[pair][t], sizeof both);
+  return both;
 }
 
 }  // namespace
@@ -64,8 +72,8 @@ void quantize_panel_avx2(const float* panel, int64_t num_rows, Int16Panel* out) 
   __m256 factor[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scale = _mm256_div_ps(largest[i], _mm256_set1_ps(kLargestInt16));
-    const __m256 positive = _mm256_cmp_ps(scale, _mm256_setzero_ps(), _CMP_GT_OQ);
-    factor[i] = _mm256_and_ps(positive, _mm256_div_ps(_mm256_set1_ps(1.0f), scale));
+    const __m256 usable = _mm256_cmp_ps(scale, _mm256_set1_ps(kLeastScale), _CMP_GE_OQ);
+    factor[i] = _mm256_and_ps(usable, _mm256_div_ps(_mm256_set1_ps(1.0f), scale));
     _mm256_store_ps(out->scale + 8 * i, scale);
   }
   for (int64_t r = 0; r < num_rows; ++r) quantize_row(panel + r * kPanelCols, factor, out->value[r]);
@@ -81,9 +89,8 @@ void accumulate_int16_avx2(const Int16Cell& cell, const Int16Panel& panel, float
       const auto* second = reinterpret_cast<const __m256i*>(panel.value[cell.row[pair][1]] + 16 * half);
       const __m256i a = _mm256_load_si256(first), b = _mm256_load_si256(second);
       const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-      const auto* weights = reinterpret_cast<const int32_t*>(cell.weight[pair]);
       for (int64_t t = 0; t < kBlockTokens; ++t) {
-        const __m256i weight = _mm256_set1_epi32(weights[t]);
+        const __m256i weight = _mm256_set1_epi32(pair_of_weights(cell, pair, t));
         left[t] = _mm256_add_epi32(left[t], _mm256_madd_epi16(weight, low));
         right[t] = _mm256_add_epi32(right[t], _mm256_madd_epi16(weight, high));
         // Token after token: scheduled together, the four weights push a sum out of the registers.

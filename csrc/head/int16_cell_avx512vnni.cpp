@@ -2,7 +2,18 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 namespace chainfed {
+namespace {
+
+int32_t pair_of_weights(const Int16Cell& cell, int32_t pair, int64_t t) {
+  int32_t both;
+  std::memcpy(&both, cell.weight[pair][t], sizeof both);
+  return both;
+}
+
+}  // namespace
 
 void accumulate_int16_avx512vnni(const Int16Cell& cell, const Int16Panel& panel, float* const* grad) {
   __m512i left[kBlockTokens], right[kBlockTokens];
@@ -11,9 +22,8 @@ void accumulate_int16_avx512vnni(const Int16Cell& cell, const Int16Panel& panel,
     const __m512i a = _mm512_load_si512(panel.value[cell.row[pair][0]]);
     const __m512i b = _mm512_load_si512(panel.value[cell.row[pair][1]]);
     const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-    const auto* weights = reinterpret_cast<const int32_t*>(cell.weight[pair]);
     for (int64_t t = 0; t < kBlockTokens; ++t) {
-      const __m512i weight = _mm512_set1_epi32(weights[t]);
+      const __m512i weight = _mm512_set1_epi32(pair_of_weights(cell, pair, t));
       left[t] = _mm512_dpwssd_epi32(left[t], weight, low);
       right[t] = _mm512_dpwssd_epi32(right[t], weight, high);
     }

@@ -18,9 +18,8 @@ void quantize_cell_scalar(const Cell& cell, Int16Cell* out) {
       largest = std::max(largest, cell.weight[k][t]);
       sum += cell.weight[k][t];
     }
-    // A sum of 0 gives an infinite factor; the smaller scale also keeps factor * weight within an int16.
     const float scale = std::max(largest / kLargestInt16, sum / kWeightSum);
-    const float factor = scale > 0 ? 1.0f / scale : 0.0f;
+    const float factor = scale >= kLeastScale ? 1.0f / scale : 0.0f;
     out->scale[t] = scale;
     for (int64_t k = 0; k < 2 * out->num_pairs; ++k) {
       const float weight = k < cell.count ? cell.weight[k][t] * factor : 0.0f;
@@ -35,7 +34,7 @@ void quantize_panel_scalar(const float* panel, int64_t num_rows, Int16Panel* out
     float largest = 0;
     for (int64_t r = 0; r < num_rows; ++r) largest = std::max(largest, std::fabs(panel[r * kPanelCols + c]));
     const float scale = largest / kLargestInt16;
-    const float factor = scale > 0 ? 1.0f / scale : 0.0f;
+    const float factor = scale >= kLeastScale ? 1.0f / scale : 0.0f;
     out->scale[c] = scale;
     for (int64_t r = 0; r <= kCellRows; ++r) {
       if (r >= num_rows && r != kMeanRow) continue;

@@ -12,6 +12,7 @@
 #include "chainfed/kernels.h"
 #include "check.h"
 #include "head/cell.h"
+#include "head/int16_cell.h"
 
 namespace {
 
@@ -294,6 +295,68 @@ TEST(cells_are_the_same_at_every_level) {
     if (supported_simd_level() >= SimdLevel::avx512vnni) compare(fill_cell_avx512vnni);
 #endif
     compare(fill_cell_scalar);
+  }
+}
+
+struct Int16Level {
+  const char* name;
+  QuantizeCell quantize_cell;
+  QuantizePanel quantize_panel;
+  AccumulateInt16 accumulate;
+};
+
+std::vector<Int16Level> int16_levels() {
+  std::vector<Int16Level> found = {{"scalar", quantize_cell_scalar, quantize_panel_scalar, accumulate_int16_scalar}};
+#ifdef CHAINFED_X86
+  if (supported_simd_level() >= SimdLevel::avx2) {
+    found.push_back({"avx2", quantize_cell_avx2, quantize_panel_avx2, accumulate_int16_avx2});
+  }
+  if (supported_simd_level() >= SimdLevel::avx512vnni) {
+    found.push_back({"avx512vnni", quantize_cell_avx2, quantize_panel_avx2, accumulate_int16_avx512vnni});
+  }
+#endif
+  return found;
+}
+
+// One cell times one panel, with the worst case for 32-bit sums: equal weights and rows of the column's largest value.
+TEST(integer_products_stay_within_their_error_and_never_overflow) {
+  std::mt19937 random(11);
+  alignas(64) static float panel[(kCellRows + 1) * kPanelCols];
+  static Int16Panel integer_panel;
+  for (int kind = 0; kind < 4; ++kind) {
+    for (int32_t count : {0, 1, 2, 3, 64, 128, 129}) {
+      for (float& w : panel) w = kind == 0 ? 3.0f : kind == 1 ? -3.0f : static_cast<float>(random() % 2001) / 1000 - 1;
+      static Cell cell;
+      static Int16Cell integer_cell;
+      cell.count = count;
+      double total[4] = {};
+      for (int32_t k = 0; k < count; ++k) {
+        cell.row[k] = static_cast<uint8_t>(k);
+        for (int t = 0; t < 4; ++t) {
+          cell.weight[k][t] = kind < 3 ? 0.7f : std::exp2(-static_cast<float>(random() % 60));
+          if (t == 3) cell.weight[k][t] = 0;
+          total[t] += cell.weight[k][t];
+        }
+      }
+      for (const Int16Level& level : int16_levels()) {
+        float grad[4][kPanelCols] = {};
+        float* rows[] = {grad[0], grad[1], grad[2], grad[3]};
+        level.quantize_cell(cell, &integer_cell);
+        level.quantize_panel(panel, kCellRows, &integer_panel);
+        level.accumulate(integer_cell, integer_panel, rows);
+        double worst = 0;  // in units of the bound
+        for (int t = 0; t < 4; ++t) {
+          for (int64_t c = 0; c < kPanelCols; ++c) {
+            double expected = 0;
+            for (int32_t k = 0; k < count; ++k) {
+              expected += static_cast<double>(cell.weight[k][t]) * panel[k * kPanelCols + c];
+            }
+            worst = std::max(worst, std::fabs(grad[t][c] - expected) / (1.1e-3 * total[t] * 3 + 1e-30));
+          }
+        }
+        CHECK_IN(worst <= 1, "%s kind %d count %d: %g", level.name, kind, count, worst);
+      }
+    }
   }
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.model.classifier import Classifier, pool
-from tests.model.conftest import Checkpoint
+from tests.conftest import Checkpoint
 
 Make = Callable[..., Checkpoint]
 

@@ -11,7 +11,7 @@ import transformers
 from chainfed_engine.errors import InvalidArgument, UnsupportedModel
 from chainfed_engine.model.families import SUPPORTED, Location, family, locate
 from chainfed_engine.types import Batch
-from tests.model.conftest import CONFIGS, DECODERS, ENCODERS, Checkpoint, inputs, make_batch, relative_error, streamed
+from tests.conftest import CONFIGS, DECODERS, ENCODERS, Checkpoint, inputs, make_batch, relative_error, streamed
 
 Make = Callable[..., Checkpoint]
 

@@ -16,7 +16,7 @@ from chainfed_engine.model.frozen import FrozenLayer, FrozenModel
 from chainfed_engine.model.linear import Binding, Compute, FrozenLinear
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.types import Batch
-from tests.model.conftest import Checkpoint, inputs, make_batch, relative_error, streamed
+from tests.conftest import Checkpoint, inputs, make_batch, relative_error, streamed
 
 Make = Callable[..., Checkpoint]
 

@@ -12,7 +12,7 @@ from chainfed_engine.model.convert import convert
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.types import Batch
-from tests.model.conftest import inputs, relative_error, streamed
+from tests.conftest import inputs, relative_error, streamed
 
 SENTENCES = ["A glacier moves rock and soil.", "Jupiter.", "Which planet is the largest of the Solar System, and why?"]
 
