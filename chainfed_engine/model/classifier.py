@@ -74,10 +74,10 @@ class Classifier(nn.Module):
         return int(self.out_bias.shape[0])
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B,T,D] -> the features [B,D] that `logits` reads."""
+        """[B,T,D] -> the features [B,D] that `score` reads."""
         return pool(hidden, attention_mask, self.pooling)
 
-    def logits(self, pooled: Tensor) -> Tensor:
+    def score(self, pooled: Tensor) -> Tensor:
         """Features [B,D] -> logits [B,C]."""
         if self.transform is not None:
             assert self.transform_weight is not None
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
         return functional.linear(pooled, self.out_weight, self.out_bias)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.logits(self.pool(hidden, attention_mask))
+        return self.score(self.pool(hidden, attention_mask))
 
     def state_arrays(self) -> Arrays:
         """f32 copies under `classifier.<name>`."""
