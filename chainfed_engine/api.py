@@ -1,7 +1,9 @@
 """The public functions behind `import chainfed_engine as cfe` and the command line: plan, fit, run, evaluate."""
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,12 +33,9 @@ class Result:
     evaluation: Mapping[str, float | None]
     events: list[dict[str, Any]]
     directory: Path
-    _temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def save(self, path: str | Path) -> Path:
         """Copy the run directory (adapters, configuration, metrics, state; no caches) to a new folder `path`."""
-        import shutil
-
         target = Path(path)
         if target.exists():
             raise StorageError(f"{target}: exists already; choose another folder")
@@ -88,11 +87,12 @@ def fit(
         label, response = ("label", None) if "label" in names else (None, "response")
     columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
-    temporary = tempfile.TemporaryDirectory(prefix="chainfed-run-") if out is None else None
-    directory = Path(temporary.name if temporary else str(out))
+    directory = Path(tempfile.mkdtemp(prefix="chainfed-run-") if out is None else out)
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
-    return replace(result, _temporary=temporary)
+    if out is None:  # the folder lives as long as the result
+        weakref.finalize(result, shutil.rmtree, directory, ignore_errors=True)
+    return result
 
 
 def run(

@@ -122,7 +122,9 @@ def test_an_unknown_label_at_evaluation_is_named(stores: dict[str, Path], tmp_pa
         cfe.evaluate(tmp_path / "out", tmp_path / "other.jsonl")
 
 
-def test_a_budget_that_cannot_fit_is_refused_before_anything_is_written(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_a_budget_that_cannot_fit_is_refused_before_anything_is_written(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
     config = load_config(write_run(tmp_path, stores["bert"]), ["memory.budget=16MiB"])
     with pytest.raises(MemoryBudgetExceeded, match="smallest that would do"):
         api.run(config, tmp_path / "out")

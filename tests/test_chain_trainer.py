@@ -27,7 +27,9 @@ def loader(labelled: str) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("adapter", ["bottleneck", "lora"])
-@pytest.mark.parametrize(("name", "head", "labelled"), [("bert", "Model", "classes"), ("llama", "ForCausalLM", "tokens")])
+@pytest.mark.parametrize(
+    ("name", "head", "labelled"), [("bert", "Model", "classes"), ("llama", "ForCausalLM", "tokens")]
+)
 def test_two_sweeps_of_the_chain_lower_the_loss_of_the_whole_model(
     checkpoint: Callable[..., Checkpoint], name: str, head: str, labelled: str, adapter: str
 ) -> None:
