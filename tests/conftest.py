@@ -15,7 +15,13 @@ from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.types import Batch
 
-SIZES = {"vocab_size": 211, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 DISTIL = {"vocab_size": 211, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4}
 DECODER = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -37,8 +37,8 @@ class LocalTransport:
 
     def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         current = {key: version for task in tasks for key, version in task.versions.items()}
-        for client in self._clients.values():
-            client.forget_outdated(current)
+        for holder in self._clients.values():
+            holder.forget_outdated(current)
         for task in self._order(tasks):
             client = self._clients.get(task.client)
             if client is None:

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <string>
 #include <system_error>
@@ -12,30 +13,52 @@
 #include "store/file.h"
 
 namespace chainfed {
+namespace {
 
-PageBuffer::~PageBuffer() {
-  if (data_ != nullptr) ::munmap(data_, static_cast<size_t>(bytes_));
+constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+
+void unmap(char* begin, const char* end) {
+  if (begin < end) ::munmap(begin, static_cast<size_t>(end - begin));
 }
+
+}  // namespace
+
+PageBuffer::~PageBuffer() { unmap(data_, data_ + bytes_); }
 
 PageBuffer::PageBuffer(PageBuffer&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
+// The mapping is cut to exactly the bytes asked for, and only the huge pages that lie wholly inside are asked for: a
+// slot never holds more than its size.
 void PageBuffer::reserve(int64_t bytes) {
   if (data_ != nullptr) return;
-  void* address = ::mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+  bytes = round_up(bytes, ::sysconf(_SC_PAGESIZE));
+  const int64_t mapped_bytes = bytes + kHugePageBytes;
+  void* address = ::mmap(nullptr, static_cast<size_t>(mapped_bytes), PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (address == MAP_FAILED) {
     throw IoError("cannot reserve " + std::to_string(bytes) +
                   " bytes for a slot of the layer store: " + std::system_category().message(errno));
   }
-  ::madvise(address, static_cast<size_t>(bytes), MADV_DONTFORK);
-  data_ = static_cast<char*>(address);
+  char* const begin = static_cast<char*>(address);
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(begin) % kHugePageBytes);
+  data_ = begin + (misaligned == 0 ? 0 : kHugePageBytes - misaligned);
   bytes_ = bytes;
+  unmap(begin, data_);
+  unmap(data_ + bytes_, begin + mapped_bytes);
+  ::madvise(data_, static_cast<size_t>(bytes_), MADV_DONTFORK);
+  const int64_t huge_bytes = round_down(bytes_, kHugePageBytes);
+  if (huge_bytes > 0) ::madvise(data_, static_cast<size_t>(huge_bytes), MADV_HUGEPAGE);
 }
 
 void PageBuffer::drop_tail(int64_t bytes) {
-  const int64_t begin = round_up(bytes, ::sysconf(_SC_PAGESIZE));
-  if (begin < bytes_) ::madvise(data_ + begin, static_cast<size_t>(bytes_ - begin), MADV_DONTNEED);
+  const int64_t kept = held_bytes(bytes);
+  if (kept < bytes_) ::madvise(data_ + kept, static_cast<size_t>(bytes_ - kept), MADV_DONTNEED);
+}
+
+int64_t PageBuffer::held_bytes(int64_t bytes) const {
+  const bool ends_in_huge_page = bytes <= round_down(bytes_, kHugePageBytes);
+  return std::min(bytes_, round_up(bytes, ends_in_huge_page ? kHugePageBytes : ::sysconf(_SC_PAGESIZE)));
 }
 
 }  // namespace chainfed

@@ -193,7 +193,7 @@ void Ring::read_into(Lock& lock, int slot_number) {
   Slot& target = slot(slot_number);
   const int file = target.file;
   const auto load = std::make_shared<Load>();
-  const int64_t file_bytes = round_up(entry(file).file_bytes, kReadAlignment);
+  const int64_t file_bytes = target.memory.held_bytes(entry(file).file_bytes);
   target.state = SlotState::reading;
   target.load = load;
   target.held_bytes = std::max(target.held_bytes, file_bytes);

@@ -11,7 +11,6 @@ import transformers
 from chainfed_engine.errors import InvalidArgument, UnsupportedModel
 from chainfed_engine.model.families import SUPPORTED, Location, family, locate
 from chainfed_engine.types import Batch
-
 from tests.conftest import CONFIGS, DECODERS, ENCODERS, Checkpoint, inputs, make_batch, relative_error, streamed
 
 Make = Callable[..., Checkpoint]
@@ -54,13 +53,15 @@ def test_locate_maps_heads_old_names_and_buffers() -> None:
         assert locate(architecture, name) == Location("skip", None, "")
 
 
-@pytest.mark.parametrize("name", ["", "weight", "model.layers.-1.mlp.up_proj.weight", "model.layers.0.mlp.experts.weight"])
+@pytest.mark.parametrize(
+    "name", ["", "weight", "model.layers.-1.mlp.up_proj.weight", "model.layers.0.mlp.experts.weight"]
+)
 def test_locate_returns_none_for_a_name_the_architecture_does_not_have(name: str) -> None:
     assert locate("llama", name) is None
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match="gpt2.*bert"):
+    with pytest.raises(UnsupportedModel, match=r"gpt2.*bert"):
         locate("gpt2", "wte.weight")
     with pytest.raises(UnsupportedModel, match="gpt2"):
         family("gpt2")
@@ -69,16 +70,33 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("bert", {"is_decoder": True}), ("bert", {"position_embedding_type": "relative_key"}), ("llama", {"is_causal": False})],
+    [
+        ("bert", {"is_decoder": True}),
+        ("bert", {"position_embedding_type": "relative_key"}),
+        ("llama", {"is_causal": False}),
+    ],
 )
 def test_a_variant_that_would_run_as_another_model_is_refused(name: str, change: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel, match=next(iter(change))):
         family(name).config({"model_type": name, **change})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "64"}, {"num_attention_heads": 5}, {"hidden_act": "no such function"}, {"vocab_size": None}],
+)
+def test_a_config_that_transformers_refuses_is_an_unsupported_model(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="transformers"):
+        kind = family("bert")
+        kind.embeddings(kind.config(change))
+        kind.layer(kind.config(change), 0)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("lengths", [[17, 9, 1, 12], [7, 7]])
-def test_an_encoder_streamed_from_an_f32_store_is_transformers_own(checkpoint: Make, name: str, lengths: list[int]) -> None:
+def test_an_encoder_streamed_from_an_f32_store_is_transformers_own(
+    checkpoint: Make, name: str, lengths: list[int]
+) -> None:
     tiny, batch = checkpoint(name), make_batch(lengths)
     with torch.no_grad():
         wanted = tiny.reference(**inputs(batch)).last_hidden_state
@@ -88,7 +106,9 @@ def test_an_encoder_streamed_from_an_f32_store_is_transformers_own(checkpoint: M
 
 def test_token_types_reach_the_embeddings(checkpoint: Make, padded_batch: Batch) -> None:
     tiny = checkpoint("bert")
-    batch = replace(padded_batch, token_type_ids=(torch.arange(17) > 4).long().expand(4, -1) * padded_batch.attention_mask)
+    batch = replace(
+        padded_batch, token_type_ids=(torch.arange(17) > 4).long().expand(4, -1) * padded_batch.attention_mask
+    )
     with torch.no_grad():
         wanted = tiny.reference(**inputs(batch), token_type_ids=batch.token_type_ids).last_hidden_state
     tokens = batch.attention_mask.bool()
@@ -127,7 +147,7 @@ def test_a_sequence_longer_than_the_position_table_is_refused_with_both_lengths(
     model = checkpoint(name).open()
     assert model.shape.max_positions == 40
     assert streamed(model, make_batch([40])).isfinite().all()
-    with pytest.raises(InvalidArgument, match="41 tokens.*positions for 40.*sequence_length"):
+    with pytest.raises(InvalidArgument, match=r"41 tokens.*positions for 40.*sequence_length"):
         model.embed(make_batch([41]))
     with pytest.raises(InvalidArgument, match="41 tokens"):
         model.context(make_batch([41]))
