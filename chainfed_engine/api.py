@@ -184,7 +184,7 @@ def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[st
     if settings.client is not None:
         rows = data.by_column(table, settings.client)
     elif settings.partition == "dirichlet":
-        rows = data.dirichlet(table.column(settings.label or ""), settings.num_clients, settings.alpha, seed)
+        rows = data.dirichlet(encoded.labels, settings.num_clients, settings.alpha, seed)
     else:
         rows = data.iid(len(table), settings.num_clients, seed)
     parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}

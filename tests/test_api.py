@@ -99,7 +99,8 @@ def write_run(folder: Path, store: Path, **train: object) -> Path:
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in train.items())
     (folder / "run.toml").write_text(
         f'[model]\nstore = "{store}"\n[data]\ntrain = "train.csv"\neval = "eval.jsonl"\nlabel = "label"\n'
-        f'client = "site"\n[chain]\nrounds = 3\nadapter_size = 4\n[train]\nbatch_size = 4\nsequence_length = 16\n{settings}\n'
+        f'client = "site"\n[chain]\nrounds = 3\nadapter_size = 4\n[train]\nbatch_size = 4\nsequence_length = 16\n'
+        f"{settings}\n"
     )
     return folder / "run.toml"
 
