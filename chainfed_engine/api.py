@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_conf
 from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
+from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
-from chainfed_engine.session import Session, plan_for
 from chainfed_engine.types import Arrays, TaskKind
 
 LABELS_FILE = "labels.json"
+BYTES_A_TOKEN = 8  # int32 ids, and labels of a causal LM
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,12 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = data.read_table(data_file, config.data.columns)
     encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
-    with tempfile.TemporaryDirectory(prefix="chainfed-eval-") as scratch:
-        clients = {"evaluator": encoded}
-        with Session(
-            Path(config.store), config.chain, clients, None, Path(scratch), pad_id=tokenizer.pad_id
-        ) as session:
-            ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
-            return session.trainer.evaluate(ordered, arrays)
+    trainer = open_trainer(
+        Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+    )
+    with closing(trainer.model.store):
+        ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
+        return trainer.evaluate(ordered, arrays)
 
 
 def _run(
@@ -144,13 +146,24 @@ def _run(
         if on_event is not None:
             on_event(event)
 
-    with Session(Path(config.store), config.chain, clients, evaluation, out, pad_id=tokenizer.pad_id) as session:
-        recorded = replace(config, chain=session.config)
-        with RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory:
-            if labels:
-                (out / LABELS_FILE).write_text(json.dumps(labels), encoding="utf-8")
-            result = session.run(directory, on_event=emit, resume=resume)
+    plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
+    with (
+        RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
+        Session(
+            Path(config.store), config.chain, clients, evaluation, out, plan=plan, pad_id=tokenizer.pad_id
+        ) as session,
+    ):
+        if labels:
+            write_text(out / LABELS_FILE, json.dumps(labels))
+        result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
+    """The run's plan, its samples counted in; nothing is written or allocated before it."""
+    num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
+    return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
 
 
 def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:

@@ -70,15 +70,14 @@ void gather(const Matrix& matrix, py::handle ids_object, py::handle out_object) 
 // GGUF blocks u8 [N, K / 32 * block_bytes] to tiles of `format`.
 template <typename Repack>
 void repack(const char* function, BlockFormat format, int64_t block_bytes, Repack kernel, py::handle blocks_object,
-            py::handle codes_object, py::handle scales_object) {
+            int64_t num_rows, int64_t num_cols, py::handle codes_object, py::handle scales_object) {
   Arguments args(function);
-  const Array& blocks = args.input("blocks", blocks_object, Dtype::u8, {kAny, kAny});
-  if (blocks.size(0) < 1 || blocks.size(1) < 1 || blocks.size(1) % block_bytes != 0) {
-    args.fail("blocks must be uint8 [N, K / 32 * " + std::to_string(block_bytes) + "], got [" +
-              std::to_string(blocks.size(0)) + ", " + std::to_string(blocks.size(1)) + "]");
+  if (num_rows < 1 || num_cols < 1 || num_cols % kTileCols != 0) {
+    args.fail("num_rows must be >= 1 and num_cols a positive multiple of 32, got " + std::to_string(num_rows) +
+              " and " + std::to_string(num_cols));
   }
-  const int64_t num_rows = blocks.size(0), num_cols = blocks.size(1) / block_bytes * kTileCols;
   const Storage storage = storage_of(format, num_rows, num_cols);
+  const Array& blocks = args.input("blocks", blocks_object, Dtype::u8, {num_rows, num_cols / kTileCols * block_bytes});
   const Array& codes = args.storage("codes_out", codes_object, storage.codes_dtype, storage.codes_count, 1, true);
   const Array& scales = args.storage("scales_out", scales_object, storage.scales_dtype, storage.scales_count, 1, true);
   args.check_aliases();
@@ -86,18 +85,18 @@ void repack(const char* function, BlockFormat format, int64_t block_bytes, Repac
   kernel(blocks.as<uint8_t>(), num_rows, num_cols, codes.mutable_data(), scales.mutable_as<uint16_t>());
 }
 
-void repack_int4(py::handle blocks, py::handle codes, py::handle scales) {
+void repack_int4(py::handle blocks, int64_t num_rows, int64_t num_cols, py::handle codes, py::handle scales) {
   const auto kernel = [](const uint8_t* in, int64_t rows, int64_t cols, void* out, uint16_t* out_scales) {
     repack_q4_1(in, rows, cols, static_cast<uint8_t*>(out), out_scales);
   };
-  repack("repack_q4_1", BlockFormat::int4, kQ41BlockBytes, kernel, blocks, codes, scales);
+  repack("repack_q4_1", BlockFormat::int4, kQ41BlockBytes, kernel, blocks, num_rows, num_cols, codes, scales);
 }
 
-void repack_int8(py::handle blocks, py::handle codes, py::handle scales) {
+void repack_int8(py::handle blocks, int64_t num_rows, int64_t num_cols, py::handle codes, py::handle scales) {
   const auto kernel = [](const uint8_t* in, int64_t rows, int64_t cols, void* out, uint16_t* out_scales) {
     repack_q8_0(in, rows, cols, static_cast<int8_t*>(out), out_scales);
   };
-  repack("repack_q8_0", BlockFormat::int8, kQ80BlockBytes, kernel, blocks, codes, scales);
+  repack("repack_q8_0", BlockFormat::int8, kQ80BlockBytes, kernel, blocks, num_rows, num_cols, codes, scales);
 }
 
 std::vector<float> nf4_table() { return {kNf4Table, kNf4Table + 16}; }
@@ -123,10 +122,10 @@ void bind_quant(py::module_& module) {
   module.def("dequantize_rows", &dequantize, py::arg("matrix"), py::arg("row_begin"), py::arg("row_end"), py::kw_only(),
              py::arg("out"));
   module.def("gather_rows", &gather, py::arg("matrix"), py::arg("row_ids"), py::kw_only(), py::arg("out"));
-  module.def("repack_q4_1", &repack_int4, py::arg("blocks"), py::kw_only(), py::arg("codes_out"),
-             py::arg("scales_out"));
-  module.def("repack_q8_0", &repack_int8, py::arg("blocks"), py::kw_only(), py::arg("codes_out"),
-             py::arg("scales_out"));
+  module.def("repack_q4_1", &repack_int4, py::arg("blocks"), py::kw_only(), py::arg("num_rows"), py::arg("num_cols"),
+             py::arg("codes_out"), py::arg("scales_out"));
+  module.def("repack_q8_0", &repack_int8, py::arg("blocks"), py::kw_only(), py::arg("num_rows"), py::arg("num_cols"),
+             py::arg("codes_out"), py::arg("scales_out"));
   module.def("nf4_table", &nf4_table);
 }
 

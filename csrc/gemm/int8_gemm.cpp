@@ -56,11 +56,13 @@ void multiply_chunk(const Chunk& chunk) {
   const int64_t num_groups = divide_up(chunk.num_tokens, chunk.level.group_tokens);
   // Few panels: share the groups out too, and let each part unpack the panel for itself.
   const int64_t num_parts = std::clamp<int64_t>(divide_up(2 * num_threads(), num_panels), 1, num_groups);
+  // Blocks of equal size, or 18 tiles would be 16 and an expensive 2.
+  const int64_t block_tiles = divide_up(chunk.num_tiles, divide_up(chunk.num_tiles, kInt8BlockTiles));
   parallel_ranges(num_panels * num_parts, [&](int64_t begin, int64_t end, int) {
     alignas(64) WeightTile tiles[kInt8BlockTiles];
     alignas(64) float start[kInt8PanelRows];
-    for (int64_t first_tile = 0; first_tile < chunk.num_tiles; first_tile += kInt8BlockTiles) {
-      const int64_t num_tiles = std::min(kInt8BlockTiles, chunk.num_tiles - first_tile);
+    for (int64_t first_tile = 0; first_tile < chunk.num_tiles; first_tile += block_tiles) {
+      const int64_t num_tiles = std::min(block_tiles, chunk.num_tiles - first_tile);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t panel = task / num_parts, part = task % num_parts;
         chunk.kernels.unpack(chunk.w, panel, first_tile, num_tiles, tiles);

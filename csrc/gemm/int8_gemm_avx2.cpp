@@ -23,10 +23,16 @@ inline __m256i broadcast_4(const uint8_t* bytes) {
   return _mm256_set1_epi32(four);
 }
 
+// The compiler must add each product when it is made: left alone, it makes all 64 first and spills them.
+inline void keep_in_register(__m256i& value) { __asm__("" : "+x"(value)); }
+
 struct DotNarrow {
   __m256i sum;
   void clear(__m256i weights, __m256i x) { sum = _mm256_maddubs_epi16(weights, x); }
-  void add(__m256i weights, __m256i x) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x)); }
+  void add(__m256i weights, __m256i x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, x));
+    keep_in_register(sum);
+  }
   __m256i total() const { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
 
@@ -36,7 +42,10 @@ struct DotWide {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1));
   }
   void clear(__m256i weights, __m256i x) { sum = product(weights, x); }
-  void add(__m256i weights, __m256i x) { sum = _mm256_add_epi32(sum, product(weights, x)); }
+  void add(__m256i weights, __m256i x) {
+    sum = _mm256_add_epi32(sum, product(weights, x));
+    keep_in_register(sum);
+  }
   __m256i total() const { return sum; }
 };
 
@@ -47,21 +56,27 @@ struct DotSigned {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
   void clear(__m256i weights, __m256i x) { sum = product(weights, x); }
-  void add(__m256i weights, __m256i x) { sum = _mm256_add_epi32(sum, product(weights, x)); }
+  void add(__m256i weights, __m256i x) {
+    sum = _mm256_add_epi32(sum, product(weights, x));
+    keep_in_register(sum);
+  }
   __m256i total() const { return sum; }
 };
 
 template <typename Dot, int Tokens>
 void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* start, float* out,
                      int64_t row_stride) {
-  __m256 sum[Tokens][2];
+  // The eight dots, two weights, one broadcast and one product need the registers; the f32 sums live in L1. The empty
+  // asm says that somebody may look at them, or the compiler keeps them in registers and spills the dots instead.
+  alignas(32) float sums[Tokens][kInt8PanelRows];
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
     const float* base = start != nullptr ? start : out + t * row_stride;
-    sum[t][0] = _mm256_loadu_ps(base);
-    sum[t][1] = _mm256_loadu_ps(base + 8);
+    _mm256_store_ps(sums[t], _mm256_loadu_ps(base));
+    _mm256_store_ps(sums[t] + 8, _mm256_loadu_ps(base + 8));
   }
   for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(kGroup)) {
+    __asm__ volatile("" : : "r"(sums) : "memory");
     const WeightTile& w = tiles[tile];
     Dot dot[Tokens][2];
 #pragma GCC unroll 8
@@ -85,16 +100,19 @@ void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_
       const __m256 x_scale = _mm256_broadcast_ss(scales + t), x_sum = _mm256_broadcast_ss(scales + kGroup + t);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
+        float* sum = sums[t] + 8 * half;
         const __m256 scale = _mm256_mul_ps(_mm256_load_ps(w.scale + 8 * half), x_scale);
-        sum[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][half].total()), scale, sum[t][half]);
-        sum[t][half] = _mm256_fmadd_ps(_mm256_load_ps(w.offset + 8 * half), x_sum, sum[t][half]);
+        __m256 value = _mm256_fmadd_ps(_mm256_load_ps(w.offset + 8 * half), x_sum, _mm256_load_ps(sum));
+        value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t][half].total()), scale, value);
+        _mm256_store_ps(sum, value);
       }
     }
   }
+  __asm__ volatile("" : : "r"(sums) : "memory");
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
-    _mm256_storeu_ps(out + t * row_stride, sum[t][0]);
-    _mm256_storeu_ps(out + t * row_stride + 8, sum[t][1]);
+    _mm256_storeu_ps(out + t * row_stride, _mm256_load_ps(sums[t]));
+    _mm256_storeu_ps(out + t * row_stride + 8, _mm256_load_ps(sums[t] + 8));
   }
 }
 

@@ -82,8 +82,8 @@ TEST(int8_activations_keep_the_cosine) {
     for (SimdLevel level : levels()) {
       set_simd_level(level);
       const auto out = forward(matrix->view, x, 24, nullptr, Activation::int8);
-      CHECK_IN(cosine(out.data(), expected) >= 0.9999, "%s %s: %.6f", block_format_name(format),
-               simd_level_name(level), cosine(out.data(), expected));
+      CHECK_IN(cosine(out.data(), expected) >= 0.9999, "%s %s: %.6f", block_format_name(format), simd_level_name(level),
+               cosine(out.data(), expected));
     }
   }
   reset_simd_level();
@@ -118,8 +118,8 @@ TEST(the_saturation_corner_is_exact) {
         for (SimdLevel level : levels()) {
           set_simd_level(level);
           for (float value : forward(matrix.view, x, tokens, nullptr, Activation::int8)) {
-            CHECK_IN(value == sign * 127.0f * static_cast<float>(code * cols), "%s code %d: %f",
-                     simd_level_name(level), code, value);
+            CHECK_IN(value == sign * 127.0f * static_cast<float>(code * cols), "%s code %d: %f", simd_level_name(level),
+                     code, value);
           }
         }
       }
