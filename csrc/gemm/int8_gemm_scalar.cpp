@@ -27,7 +27,7 @@ float quantise_32(const float* x, int64_t count, int8_t* codes) {
   if (absmax < kSmallestAbsmax) return 0.0f;
   const float inverse = 127.0f / absmax;
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
-  return absmax / 127.0f;
+  return absmax * (1.0f / 127.0f);
 }
 
 void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group) {

@@ -14,67 +14,84 @@ namespace {
 
 constexpr float kSmallestAbsmax = 1.5e-36f;  // 127 times the smallest normal f32: below, the 32 inputs count as zero
 
-inline uint32_t largest(__m256i v) {
-  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+// Lane i of the result is the largest lane (as unsigned) of v[i].
+inline __m128i largest_of_each(const __m256i v[4]) {
+  const __m256i a = _mm256_max_epu32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+  const __m256i b = _mm256_max_epu32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+  const __m256i c = _mm256_max_epu32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  return _mm_max_epu32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
 }
 
-inline int32_t sum_of_bytes(__m256i bytes) {
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
-  return _mm_cvtsi128_si32(sum);
+// Lane i of the result is the sum of the 32 signed bytes of v[i].
+inline __m128i sum_of_each(const __m256i v[4]) {
+  const __m256i one_byte = _mm256_set1_epi8(1), one_word = _mm256_set1_epi16(1);
+  __m256i fours[4];
+  for (int i = 0; i < 4; ++i) fours[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(one_byte, v[i]), one_word);
+  const __m256i sum = _mm256_hadd_epi32(_mm256_hadd_epi32(fours[0], fours[1]), _mm256_hadd_epi32(fours[2], fours[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
 }
 
-// 32 inputs to codes, sx and s.
-inline void quantise_32(const float* x, uint8_t* codes, float* scale, float* scaled_sum) {
-  const __m256 v0 = _mm256_loadu_ps(x), v1 = _mm256_loadu_ps(x + 8);
-  const __m256 v2 = _mm256_loadu_ps(x + 16), v3 = _mm256_loadu_ps(x + 24);
-  const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-  // Magnitudes compare as integers, and NaN and Inf lie above all finite values.
-  const __m256i m01 = _mm256_max_epu32(_mm256_and_si256(_mm256_castps_si256(v0), magnitude),
-                                       _mm256_and_si256(_mm256_castps_si256(v1), magnitude));
-  const __m256i m23 = _mm256_max_epu32(_mm256_and_si256(_mm256_castps_si256(v2), magnitude),
-                                       _mm256_and_si256(_mm256_castps_si256(v3), magnitude));
-  const uint32_t bits = largest(_mm256_max_epu32(m01, m23));
-  const float absmax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(bits))));
-  const bool finite = bits < 0x7F800000u;
-  if (!finite || absmax < kSmallestAbsmax) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_setzero_si256());
-    *scale = *scaled_sum = finite ? 0.0f : __builtin_nanf("");
-    return;
-  }
-  const __m256 inverse = _mm256_set1_ps(127.0f / absmax);
-  const __m256i q01 = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(v0, inverse)),
-                                         _mm256_cvtps_epi32(_mm256_mul_ps(v1, inverse)));
-  const __m256i q23 = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(v2, inverse)),
-                                         _mm256_cvtps_epi32(_mm256_mul_ps(v3, inverse)));
+inline __m256i magnitude_bits(const float* x) {
+  return _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x)), _mm256_set1_epi32(0x7FFFFFFF));
+}
+
+inline __m256i codes_of_32(const float* x, __m256 inverse) {
+  __m256i q[4];
+  for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
   // The packs work inside 128-bit halves; the permutation restores the order.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(q01, q23), order);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
-  *scale = absmax / 127.0f;
-  *scaled_sum = *scale * static_cast<float>(sum_of_bytes(q));
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// Four times 32 inputs: codes, sx, and s = sx * (sum of codes).
+inline void quantise_4x32(const float* x, __m256i codes[4], float scales[4], float scaled_sums[4]) {
+  // Magnitudes compare as integers, and NaN and Inf lie above all finite values.
+  __m256i magnitudes[4];
+  for (int i = 0; i < 4; ++i, x += kTileCols) {
+    magnitudes[i] = _mm256_max_epu32(_mm256_max_epu32(magnitude_bits(x), magnitude_bits(x + 8)),
+                                     _mm256_max_epu32(magnitude_bits(x + 16), magnitude_bits(x + 24)));
+  }
+  x -= 4 * kTileCols;
+  const __m128i bits = largest_of_each(magnitudes);
+  const __m128 absmax = _mm_castsi128_ps(bits);
+  const __m128 infinite = _mm_castsi128_ps(_mm_cmpgt_epi32(bits, _mm_set1_epi32(0x7F7FFFFF)));
+  const __m128 usable = _mm_andnot_ps(infinite, _mm_cmpge_ps(absmax, _mm_set1_ps(kSmallestAbsmax)));
+  alignas(16) float inverse[4];
+  alignas(16) int32_t mask[4];
+  _mm_store_ps(inverse, _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(127.0f), absmax)));
+  _mm_store_ps(reinterpret_cast<float*>(mask), usable);
+  for (int i = 0; i < 4; ++i) {
+    const __m256i q = codes_of_32(x + i * kTileCols, _mm256_set1_ps(inverse[i]));
+    codes[i] = _mm256_and_si256(q, _mm256_set1_epi32(mask[i]));  // NaN times 0 would not give code 0
+  }
+  __m128 scale = _mm_and_ps(usable, _mm_mul_ps(absmax, _mm_set1_ps(1.0f / 127.0f)));
+  scale = _mm_or_ps(scale, infinite);  // all ones is a NaN
+  _mm_storeu_ps(scales, scale);
+  _mm_storeu_ps(scaled_sums, _mm_mul_ps(scale, _mm_cvtepi32_ps(sum_of_each(codes))));
 }
 
 template <int64_t Group>
 void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group) {
-  for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(Group)) {
-    auto* scales = reinterpret_cast<float*>(group + Group * kTileCols);
-    const int64_t col = tile * kTileCols, left = num_cols - col;
-    for (int64_t t = 0; t < Group; ++t) {
-      uint8_t* codes = group + t * kTileCols;
-      if (t < num_tokens && left >= kTileCols) {
-        quantise_32(x + t * num_cols + col, codes, scales + t, scales + Group + t);
-        continue;
+  for (int64_t t = 0; t < Group; ++t) {
+    for (int64_t tile = 0; tile < num_tiles; tile += 4) {
+      const int64_t left = t < num_tokens ? num_cols - tile * kTileCols : 0;
+      const int64_t count = num_tiles - tile < 4 ? num_tiles - tile : 4;
+      const float* source = x + t * num_cols + tile * kTileCols;
+      float edge[4 * kTileCols];
+      if (left < 4 * kTileCols) {
+        for (int64_t i = 0; i < 4 * kTileCols; ++i) edge[i] = i < left ? source[i] : 0.0f;
+        source = edge;
       }
-      float edge[kTileCols] = {};
-      for (int64_t i = 0; t < num_tokens && i < left; ++i) edge[i] = x[t * num_cols + col + i];
-      quantise_32(edge, codes, scales + t, scales + Group + t);
+      __m256i codes[4];
+      float scales[4], sums[4];
+      quantise_4x32(source, codes, scales, sums);
+      for (int64_t i = 0; i < count; ++i) {
+        uint8_t* target = group + (tile + i) * group_tile_bytes(Group);
+        auto* target_scales = reinterpret_cast<float*>(target + Group * kTileCols);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + t * kTileCols), codes[i]);
+        target_scales[t] = scales[i];
+        target_scales[Group + t] = sums[i];
+      }
     }
   }
 }

@@ -1,11 +1,13 @@
-// The bodies behind quantize_tiles.h, written over eight lanes (one a row) so that the compiler vectorises them for
-// the including file's instruction set. Included once by each quantize_tiles_*.cpp; everything has internal linkage.
+// The bodies behind quantize_tiles.h, written over vectors of eight lanes, one a row of the tile; the compiler turns
+// them into the including file's instruction set. Included once by each quantize_tiles_*.cpp; everything has internal
+// linkage.
 //
 // int4 minimises the squared error of w = d q + m over a 5 x 5 grid of shortened ranges [lo, hi]: an outlier may be
 // clipped so that the other 31 weights are finer. Each candidate's codes give d and m by least squares; these are
 // rounded to f16, the codes recomputed from them, and the error measured with exactly what will be stored.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "base/half.h"
 #include "quant/nf4_table.h"
@@ -18,84 +20,91 @@ constexpr int kCols = 32;
 constexpr float kShrink[] = {0.0f, 0.03f, 0.07f, 0.12f, 0.18f};  // parts of the range cut off at either end
 constexpr float kLargestF16 = 65504.0f;
 
-// Round to nearest even for |value| < 2^22, without a library call.
-static inline float round_even(float value) { return (value + 12582912.0f) - 12582912.0f; }
+// Elementwise arithmetic and comparisons in GCC's and Clang's vector extension: one rounding an operation, so the
+// same bits at every level. A comparison gives -1 or 0 in each lane.
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 
-static inline float as_f16(float value) { return f16_to_float(float_to_f16(value)); }
-
-static inline float clamp(float value, float low, float high) {
-  value = value < low ? low : value;
-  return value > high ? high : value;
+// Vectors travel by reference: passed by value, they would have another ABI in each instruction set. Copy what load()
+// returns into Lanes before passing it on, for Lanes& promises alignment.
+typedef float UnalignedLanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+static inline const UnalignedLanes& load(const float* values) {
+  return *reinterpret_cast<const UnalignedLanes*>(values);
 }
 
+static inline void maximise(Lanes& value, const Lanes& other) { value = other > value ? other : value; }
+static inline void minimise(Lanes& value, const Lanes& other) { value = other < value ? other : value; }
+
 struct Affine {
-  alignas(32) float scale[kLanes], offset[kLanes], inverse[kLanes];
+  Lanes scale, offset, inverse;
 };
 
-static inline void set_inverse(Affine& map) {
-  for (int r = 0; r < kLanes; ++r) map.inverse[r] = map.scale[r] > 0.0f ? 1.0f / map.scale[r] : 0.0f;
+static inline void set_inverse(Affine& map) { map.inverse = map.scale > 0.0f ? 1.0f / map.scale : Lanes{}; }
+
+// The nearest code 0..15, ties to even (adding 1.5 * 2^23 leaves no room for a fraction).
+static inline void nearest_code(const Lanes& w, const Affine& map, Lanes& code) {
+  code = (w - map.offset) * map.inverse;
+  code = code < 0.0f ? Lanes{} : code;
+  code = code > 15.0f ? Lanes{} + 15.0f : code;
+  code = (code + 12582912.0f) - 12582912.0f;
+}
+
+static inline void round_to_f16(Lanes& value) {
+  for (int r = 0; r < kLanes; ++r) value[r] = f16_to_float(float_to_f16(value[r]));
 }
 
 // Least squares of w against the codes that `map` gives.
 static inline void refine(const float* columns, const Affine& map, Affine& refined) {
-  alignas(32) float sum_q[kLanes] = {}, sum_qq[kLanes] = {}, sum_w[kLanes] = {}, sum_qw[kLanes] = {};
+  Lanes sum_q{}, sum_qq{}, sum_w{}, sum_qw{};
   for (int c = 0; c < kCols; ++c) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float w = columns[c * kLanes + r];
-      const float q = clamp(round_even((w - map.offset[r]) * map.inverse[r]), 0.0f, 15.0f);
-      sum_q[r] += q;
-      sum_qq[r] += q * q;
-      sum_w[r] += w;
-      sum_qw[r] += q * w;
-    }
+    const Lanes w = load(columns + c * kLanes);
+    Lanes q;
+    nearest_code(w, map, q);
+    sum_q += q;
+    sum_qq += q * q;
+    sum_w += w;
+    sum_qw += q * w;
   }
-  for (int r = 0; r < kLanes; ++r) {
-    const float determinant = kCols * sum_qq[r] - sum_q[r] * sum_q[r];
-    const float scale = determinant > 0.0f ? (kCols * sum_qw[r] - sum_q[r] * sum_w[r]) / determinant : 0.0f;
-    refined.scale[r] = as_f16(scale > 0.0f ? scale : 0.0f);
-    refined.offset[r] = as_f16((sum_w[r] - refined.scale[r] * sum_q[r]) / kCols);
-  }
+  const Lanes determinant = kCols * sum_qq - sum_q * sum_q;
+  Lanes scale = determinant > 0.0f ? (kCols * sum_qw - sum_q * sum_w) / determinant : Lanes{};
+  scale = scale > 0.0f ? scale : Lanes{};
+  round_to_f16(scale);
+  refined.scale = scale;
+  refined.offset = (sum_w - scale * sum_q) / static_cast<float>(kCols);
+  round_to_f16(refined.offset);
   set_inverse(refined);
 }
 
-static inline void squared_error(const float* columns, const Affine& map, float* error) {
-  alignas(32) float sum[kLanes] = {};
+static inline void squared_error(const float* columns, const Affine& map, Lanes& error) {
+  error = Lanes{};
   for (int c = 0; c < kCols; ++c) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float w = columns[c * kLanes + r];
-      const float q = clamp(round_even((w - map.offset[r]) * map.inverse[r]), 0.0f, 15.0f);
-      const float difference = w - (map.scale[r] * q + map.offset[r]);
-      sum[r] += difference * difference;
-    }
+    const Lanes w = load(columns + c * kLanes);
+    Lanes q;
+    nearest_code(w, map, q);
+    const Lanes difference = w - (map.scale * q + map.offset);
+    error += difference * difference;
   }
-  for (int r = 0; r < kLanes; ++r) error[r] = sum[r];
 }
 
-static inline void keep_better(const float* columns, const Affine& candidate, Affine& best, float* best_error) {
-  alignas(32) float error[kLanes];
+static inline void keep_better(const float* columns, const Affine& candidate, Affine& best, Lanes& best_error) {
+  Lanes error;
   squared_error(columns, candidate, error);
-  for (int r = 0; r < kLanes; ++r) {
-    const bool better = error[r] < best_error[r];
-    best_error[r] = better ? error[r] : best_error[r];
-    best.scale[r] = better ? candidate.scale[r] : best.scale[r];
-    best.offset[r] = better ? candidate.offset[r] : best.offset[r];
-  }
+  const IntLanes better = error < best_error;
+  best_error = better ? error : best_error;
+  best.scale = better ? candidate.scale : best.scale;
+  best.offset = better ? candidate.offset : best.offset;
 }
 
 static inline void store_int4(const float* columns, Affine& map, uint8_t* codes, uint16_t* scales) {
   set_inverse(map);
-  alignas(32) uint8_t q[kCols][kLanes];
-  for (int c = 0; c < kCols; ++c) {
+  for (int c = 0; c < kCols / 2; ++c) {
+    const Lanes low_w = load(columns + c * kLanes), high_w = load(columns + (c + 16) * kLanes);
+    Lanes low, high;
+    nearest_code(low_w, map, low);
+    nearest_code(high_w, map, high);
     for (int r = 0; r < kLanes; ++r) {
-      const float w = columns[c * kLanes + r];
-      q[c][r] = static_cast<uint8_t>(clamp(round_even((w - map.offset[r]) * map.inverse[r]), 0.0f, 15.0f));
-    }
-  }
-  for (int j = 0; j < 4; ++j) {
-    for (int r = 0; r < kLanes; ++r) {
-      for (int i = 0; i < 4; ++i) {
-        codes[j * 32 + r * 4 + i] = static_cast<uint8_t>(q[4 * j + i][r] | (q[16 + 4 * j + i][r] << 4));
-      }
+      const int byte = static_cast<int>(low[r]) | static_cast<int>(high[r]) << 4;
+      codes[c / 4 * 32 + r * 4 + c % 4] = static_cast<uint8_t>(byte);
     }
   }
   for (int r = 0; r < kLanes; ++r) {
@@ -105,34 +114,30 @@ static inline void store_int4(const float* columns, Affine& map, uint8_t* codes,
 }
 
 bool quantize_int4_tile(const float* columns, uint8_t* codes, uint16_t* scales) {
-  alignas(32) float low[kLanes], high[kLanes], best_error[kLanes];
-  for (int r = 0; r < kLanes; ++r) low[r] = high[r] = columns[r];
+  Lanes low = load(columns), high = low;
   for (int c = 1; c < kCols; ++c) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float w = columns[c * kLanes + r];
-      low[r] = w < low[r] ? w : low[r];
-      high[r] = w > high[r] ? w : high[r];
-    }
+    const Lanes w = load(columns + c * kLanes);
+    minimise(low, w);
+    maximise(high, w);
   }
   for (int r = 0; r < kLanes; ++r) {
     // The searched scale never exceeds the full range's, so this covers every candidate.
     if (low[r] < -kLargestF16 || high[r] > kLargestF16) return false;
   }
   // The plain min-max map: the only candidate for a constant row, which it gives exactly up to f16.
+  const Lanes range = high - low;
   Affine best, start, candidate;
-  for (int r = 0; r < kLanes; ++r) {
-    best.scale[r] = as_f16((high[r] - low[r]) / 15.0f);
-    best.offset[r] = as_f16(low[r]);
-  }
+  best.scale = range / 15.0f;
+  best.offset = low;
+  round_to_f16(best.scale);
+  round_to_f16(best.offset);
   set_inverse(best);
+  Lanes best_error;
   squared_error(columns, best, best_error);
   for (float cut_low : kShrink) {
     for (float cut_high : kShrink) {
-      for (int r = 0; r < kLanes; ++r) {
-        const float range = high[r] - low[r];
-        start.offset[r] = low[r] + cut_low * range;
-        start.scale[r] = range * (1.0f - cut_low - cut_high) / 15.0f;
-      }
+      start.offset = low + cut_low * range;
+      start.scale = range * (1.0f - cut_low - cut_high) / 15.0f;
       set_inverse(start);
       refine(columns, start, candidate);
       keep_better(columns, candidate, best, best_error);
@@ -153,33 +158,32 @@ bool quantize_int4(const float* columns, int64_t num_tiles, uint8_t* codes, uint
   return true;
 }
 
-static inline void absolute_maximum(const float* columns, int num_cols, float* maximum) {
-  for (int r = 0; r < kLanes; ++r) maximum[r] = 0.0f;
+static inline void absolute_maximum(const float* columns, int num_cols, Lanes& maximum) {
+  maximum = Lanes{};
   for (int c = 0; c < num_cols; ++c) {
-    for (int r = 0; r < kLanes; ++r) {
-      const float w = columns[c * kLanes + r];
-      const float magnitude = w < 0.0f ? -w : w;
-      maximum[r] = magnitude > maximum[r] ? magnitude : maximum[r];
-    }
+    const Lanes w = load(columns + c * kLanes);
+    maximise(maximum, w);
+    maximise(maximum, -w);
   }
 }
 
 bool quantize_int8(const float* columns, int64_t num_tiles, int8_t* codes, uint16_t* scales) {
   for (int64_t tile = 0; tile < num_tiles; ++tile, columns += kCols * kLanes, codes += 256, scales += kLanes) {
-    alignas(32) float maximum[kLanes], inverse[kLanes];
-    absolute_maximum(columns, kCols, maximum);
+    Lanes scale;
+    absolute_maximum(columns, kCols, scale);
+    scale /= 127.0f;
     for (int r = 0; r < kLanes; ++r) {
-      const float scale = maximum[r] / 127.0f;
-      if (scale > kLargestF16) return false;
-      scales[r] = float_to_f16(scale);
-      const float stored = f16_to_float(scales[r]);
-      inverse[r] = stored > 0.0f ? 1.0f / stored : 0.0f;
+      if (scale[r] > kLargestF16) return false;
+      scales[r] = float_to_f16(scale[r]);
     }
+    round_to_f16(scale);
+    const Lanes inverse = scale > 0.0f ? 1.0f / scale : Lanes{};
     for (int c = 0; c < kCols; ++c) {
-      for (int r = 0; r < kLanes; ++r) {
-        const float q = clamp(columns[c * kLanes + r] * inverse[r], -127.0f, 127.0f);
-        codes[c / 4 * 32 + r * 4 + c % 4] = static_cast<int8_t>(round_even(q));
-      }
+      Lanes q = load(columns + c * kLanes) * inverse;
+      q = q < -127.0f ? Lanes{} - 127.0f : q;
+      q = q > 127.0f ? Lanes{} + 127.0f : q;
+      q = (q + 12582912.0f) - 12582912.0f;
+      for (int r = 0; r < kLanes; ++r) codes[c / 4 * 32 + r * 4 + c % 4] = static_cast<int8_t>(q[r]);
     }
   }
   return true;
@@ -189,18 +193,16 @@ void quantize_nf4(const float* columns, int64_t num_tiles, uint8_t* codes, float
   float midpoints[15];
   for (int q = 0; q < 15; ++q) midpoints[q] = (kNf4Table[q] + kNf4Table[q + 1]) * 0.5f;
   for (int64_t pair = 0; pair < num_tiles / 2; ++pair, columns += 2 * kCols * kLanes, codes += 256, scales += kLanes) {
-    alignas(32) float inverse[kLanes];
-    absolute_maximum(columns, 2 * kCols, scales);
+    Lanes absmax;
+    absolute_maximum(columns, 2 * kCols, absmax);
+    std::memcpy(scales, &absmax, sizeof absmax);
     // A block of zeros: every weight scales to 0 and gets the code of the table's zero.
-    for (int r = 0; r < kLanes; ++r) inverse[r] = scales[r] > 0.0f ? 1.0f / scales[r] : 0.0f;
-    alignas(32) uint8_t q[2 * kCols][kLanes];
+    const Lanes inverse = absmax > 0.0f ? 1.0f / absmax : Lanes{};
+    uint8_t q[2 * kCols][kLanes];
     for (int c = 0; c < 2 * kCols; ++c) {
-      alignas(32) int32_t code[kLanes] = {};
-      for (float midpoint : midpoints) {
-        for (int r = 0; r < kLanes; ++r) {
-          code[r] += clamp(columns[c * kLanes + r] * inverse[r], -1.0f, 1.0f) > midpoint ? 1 : 0;
-        }
-      }
+      const Lanes scaled = load(columns + c * kLanes) * inverse;  // at most 1 + an ulp: beyond every midpoint
+      IntLanes code{};
+      for (float midpoint : midpoints) code -= scaled > midpoint;
       for (int r = 0; r < kLanes; ++r) q[c][r] = static_cast<uint8_t>(code[r]);
     }
     for (int byte = 0; byte < 256; ++byte) {
