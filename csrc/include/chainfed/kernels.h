@@ -15,8 +15,8 @@ namespace chainfed {
 // scales_bytes of exactly these rows. int4 searches scale and offset for least squared error; int8 is symmetric
 // absmax/127; nf4 gives bitsandbytes' codes and absmax when K is a multiple of 64; bf16 rounds to nearest even.
 // Non-finite weights throw InvalidArgument naming the row and column.
-void quantize_blocks(const float* weight /*[N,K]*/, int64_t num_rows, int64_t num_cols, BlockFormat format,
-                     void* codes, void* scales);
+void quantize_blocks(const float* weight /*[N,K]*/, int64_t num_rows, int64_t num_cols, BlockFormat format, void* codes,
+                     void* scales);
 // Decode rows [row_begin, row_end) to f32 row-major.
 void dequantize_rows(const MatrixView& w, int64_t row_begin, int64_t row_end, float* out /*[rows,K]*/);
 // out[t] = row row_ids[t] of w: the embedding lookup. row_ids in [0, N) (checked by the binding).
@@ -30,8 +30,8 @@ enum class Activation : uint8_t { int8, f32 };
 void linear_forward(const MatrixView& w, const float* x /*[M,K]*/, int64_t num_tokens, const float* bias /*[N]|null*/,
                     Activation activation, float* out /*[M,N]*/, void* workspace);
 // out = grad_out W.  The base is frozen: there is no weight gradient and no function for one.
-void linear_grad_input(const MatrixView& w, const float* grad_out /*[M,N]*/, int64_t num_tokens,
-                       float* out /*[M,K]*/, void* workspace);
+void linear_grad_input(const MatrixView& w, const float* grad_out /*[M,N]*/, int64_t num_tokens, float* out /*[M,K]*/,
+                       void* workspace);
 int64_t linear_forward_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_rows, int64_t num_cols);
 int64_t linear_grad_input_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_rows, int64_t num_cols);
 
@@ -66,11 +66,11 @@ enum class CacheFormat : uint8_t { int8, bf16, f32 };
 int64_t record_bytes(CacheFormat format, int64_t hidden_size);
 // A bottleneck adapter: h + up(gelu(down(h))), exact (erf) GELU.
 struct BottleneckView {
-  int64_t width;            // R
-  const float* down_weight; // [R, D]
-  const float* down_bias;   // [R]
-  const float* up_weight;   // [D, R]
-  const float* up_bias;     // [D]
+  int64_t width;             // R
+  const float* down_weight;  // [R, D]
+  const float* down_bias;    // [R]
+  const float* up_weight;    // [D, R]
+  const float* up_bias;      // [D]
 };
 // Apply the adapter (null: none) and encode token by token; hidden is not changed.
 void boundary_encode(const float* hidden /*[T,D]*/, int64_t num_tokens, int64_t hidden_size,
