@@ -156,6 +156,7 @@ class StageTrainer:
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
         """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
         self.parameters.load(arrays)
+        native.trim_heap()  # what training left must not lie beside the sweep's buffers
         samples, targets, correct, loss = 0, 0, 0, 0.0
         for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
             samples += len(batch.sample_ids)

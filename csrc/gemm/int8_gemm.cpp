@@ -98,9 +98,10 @@ void int8_forward(const MatrixView& w, const float* x, int64_t num_tokens, const
 }
 
 int64_t int8_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_cols) {
-  const int64_t num_groups = divide_up(std::min(num_tokens, kInt8ChunkTokens), kMaxGroupTokens);
+  // The last group is filled up; group sizes differ between SIMD levels, and this bound holds for all.
+  const int64_t tokens = std::min(num_tokens, kInt8ChunkTokens) + kMaxGroupTokens - 1;
   Workspace measured(nullptr);
-  measured.take<uint8_t>(num_groups * (padded_cols(format, num_cols) / kTileCols) * group_tile_bytes(kMaxGroupTokens));
+  measured.take<uint8_t>(padded_cols(format, num_cols) / kTileCols * group_tile_bytes(tokens));
   return measured.used_bytes();
 }
 
