@@ -16,6 +16,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
@@ -87,11 +88,16 @@ def fit(
         label, response = ("label", None) if "label" in names else (None, "response")
     columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
-    directory = Path(tempfile.mkdtemp(prefix="chainfed-run-") if out is None else out)
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
-    result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
-    if out is None:  # the folder lives as long as the result
-        weakref.finalize(result, shutil.rmtree, directory, ignore_errors=True)
+    if out is not None:
+        return _run(run_config, table, held_out, Path(out), resume=False, on_event=on_event)
+    directory = Path(tempfile.mkdtemp(prefix="chainfed-run-"))
+    try:
+        result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    weakref.finalize(result, shutil.rmtree, directory, ignore_errors=True)  # it lives as long as the result
     return result
 
 
@@ -134,6 +140,7 @@ def _run(
     resume: bool,
     on_event: Callable[[Mapping[str, Any]], None] | None,
 ) -> Result:
+    check_free(out, resume=resume)  # before minutes of work that could not be kept
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = _encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -148,14 +155,14 @@ def _run(
 
     plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
+    # The session first: what it refuses (a damaged store, choices that do not fit the model) must leave no run behind.
     with (
-        RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
         Session(
             Path(config.store), config.chain, clients, evaluation, out, plan=plan, pad_id=tokenizer.pad_id
         ) as session,
+        RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
     ):
-        if labels:
-            write_text(out / LABELS_FILE, json.dumps(labels))
+        _keep_labels(out, labels, resume=resume)
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
 
@@ -204,6 +211,15 @@ def _client_table(clients: Any, column: str) -> tuple[Table, str]:
         columns = {key: part.column(key) for key in part.columns}
         rows += [{**{key: values[row] for key, values in columns.items()}, column: name} for row in range(len(part))]
     return data.as_table(rows, "clients"), column
+
+
+def _keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
+    """Write labels.json once; a run that is taken up must have the same labels in the same order."""
+    if resume and (out / LABELS_FILE).exists():
+        if _read_labels(out) != labels:
+            raise DataError(f"{out}: resume: the data's labels differ from the saved run's; use the same data")
+    elif labels:
+        write_text(out / LABELS_FILE, json.dumps(labels))
 
 
 def _read_labels(run_dir: Path) -> list[str]:

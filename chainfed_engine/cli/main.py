@@ -8,6 +8,7 @@ that `--help` and `--version` answer at once.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from chainfed_engine._version import __version__
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     prepare_process()
     try:
-        return int(options.command(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(options.command(options))
     except ChainfedError as error:
         line = " ".join(str(error).split())
         print(f"chainfed: error: {line}", file=sys.stderr)
@@ -44,6 +47,10 @@ def prepare_process() -> None:
 
     keep_heap_lean()
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # about 10 microseconds
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"chainfed: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,6 +86,7 @@ class _Run:
         saved = self._directory.load()
         if saved is not None:
             self._server.restore(saved.arrays, saved.record)
+        self._directory.keep_config()
         behind = {"round_id": self._server.round_id, "profile_attempts": self._server.profile_attempts}
         kept = self._directory.cut_events(lambda event: belongs_to_past(event, **behind))
         self._evaluated = next((event for event in reversed(kept) if event["event"] == "eval"), {})

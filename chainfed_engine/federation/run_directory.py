@@ -39,8 +39,9 @@ class SavedState:
 class RunDirectory:
     """`resume` False: start a run in a new or empty folder; True: take up the one that is there.
 
-    `config_text`: what config.toml shall say (None: leave it). Raises StorageError when the folder is in use by another
-    run or not writable, InvalidArgument when a run is there and `resume` is False or none is and it is True.
+    `config_text`: what config.toml shall say (None: leave it); with `resume` it is written by `keep_config`, once the
+    saved state was found to belong to it. Raises StorageError when the folder is in use by another run or not writable,
+    InvalidArgument when a run is there and `resume` is False or none is and it is True.
     """
 
     def __init__(self, path: str | Path, *, config_text: str | None = None, resume: bool = False) -> None:
@@ -50,19 +51,18 @@ class RunDirectory:
         self._number = 0  # of the last saved state
         self._stand_ins: Arrays = {}
         self._stand_in_digest: str | None = None
-        if resume and not self._state_path.is_dir():
-            raise InvalidArgument(f"{self.path}: no run to resume here; start one without --resume")
+        self._config_text = config_text
+        check_free(self.path, resume=resume)
         with storage_errors(self.path, "create"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         try:
-            if not resume and (self._metrics_path.exists() or self._state_path.exists()):
-                raise InvalidArgument(f"{self.path}: holds a run already; resume it or choose another folder")
+            check_free(self.path, resume=resume)  # again, under the lock
             with storage_errors(self.path, "create"):
                 self._state_path.mkdir(exist_ok=True)
                 self._metrics = open(self._metrics_path, "ab")  # noqa: SIM115 (open as long as the run)
-            if config_text is not None:
-                write_text(self.path / "config.toml", config_text)
+            if not resume:
+                self.keep_config()
         except BaseException:
             os.close(self._lock)
             raise
@@ -80,6 +80,11 @@ class RunDirectory:
         if not self._metrics.closed:
             self._metrics.close()
             os.close(self._lock)
+
+    def keep_config(self) -> None:
+        """Write config.toml."""
+        if self._config_text is not None:
+            write_text(self.path / "config.toml", self._config_text)
 
     # -- metrics -------------------------------------------------------------------------------------------------
 
@@ -177,6 +182,14 @@ class RunDirectory:
             os.close(descriptor)
             raise StorageError(f"{self.path}: in use by another run; wait for it or choose another folder") from error
         return descriptor
+
+
+def check_free(path: Path, *, resume: bool) -> None:
+    """Raises InvalidArgument when a run is there and `resume` is False, or none is and it is True."""
+    if resume and not (path / "state").is_dir():
+        raise InvalidArgument(f"{path}: no run to resume here; start one without --resume")
+    if not resume and ((path / "metrics.jsonl").exists() or (path / "state").exists()):
+        raise InvalidArgument(f"{path}: holds a run already; take it up with --resume or choose another folder")
 
 
 def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:

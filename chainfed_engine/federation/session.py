@@ -15,6 +15,7 @@ from chainfed_engine import native
 from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
+from chainfed_engine.errors import ConfigError
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
@@ -23,6 +24,7 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.server import Server
+from chainfed_engine.server.plan import Plan as RoundPlan
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import TaskKind
 
@@ -30,13 +32,27 @@ Event = Mapping[str, Any]
 
 
 def plan_for(info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0) -> Plan:
-    """The plan of a run with this store on this process. Raises MemoryBudgetExceeded."""
+    """The plan of a run with this store on this process. Raises MemoryBudgetExceeded, and ConfigError for choices that
+    this model cannot keep."""
     import chainfed_engine.model.families as families
     from chainfed_engine.memory.meter import rss_bytes
 
+    check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
     request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes)
     return make_plan(request)
+
+
+def check_choices(info: StoreInfo, config: ChainConfig, task: TaskKind) -> None:
+    """Raises ConfigError for a window, sequence length or task that the model of this store does not have."""
+    RoundPlan(config, info.num_layers, task)
+    if config.sequence_length > info.shape.max_positions:
+        raise ConfigError(
+            f"[train] sequence_length: the model has positions for {info.shape.max_positions} tokens, got "
+            f"{config.sequence_length}; lower it (longer texts are cut to it)"
+        )
+    if task == "causal-lm" and not info.head_shards:
+        raise ConfigError(f"task: {info.architecture} at {info.path} has no LM head; give labels for classification")
 
 
 def store_sizes(info: StoreInfo) -> StoreSizes:
