@@ -1,8 +1,11 @@
 """The public functions behind `import chainfed_engine as cfe` and the command line: plan, fit, run, evaluate."""
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,14 @@ from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_conf
 from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
+from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
-from chainfed_engine.session import Session, plan_for
 from chainfed_engine.types import Arrays, TaskKind
 
 LABELS_FILE = "labels.json"
+BYTES_A_TOKEN = 8  # int32 ids, and labels of a causal LM
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,9 @@ class Result:
     evaluation: Mapping[str, float | None]
     events: list[dict[str, Any]]
     directory: Path
-    _temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def save(self, path: str | Path) -> Path:
         """Copy the run directory (adapters, configuration, metrics, state; no caches) to a new folder `path`."""
-        import shutil
-
         target = Path(path)
         if target.exists():
             raise StorageError(f"{target}: exists already; choose another folder")
@@ -85,11 +87,12 @@ def fit(
         label, response = ("label", None) if "label" in names else (None, "response")
     columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
-    temporary = tempfile.TemporaryDirectory(prefix="chainfed-run-") if out is None else None
-    directory = Path(temporary.name if temporary else str(out))
+    directory = Path(tempfile.mkdtemp(prefix="chainfed-run-") if out is None else out)
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
-    return replace(result, _temporary=temporary)
+    if out is None:  # the folder lives as long as the result
+        weakref.finalize(result, shutil.rmtree, directory, ignore_errors=True)
+    return result
 
 
 def run(
@@ -114,13 +117,12 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = data.read_table(data_file, config.data.columns)
     encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
-    with tempfile.TemporaryDirectory(prefix="chainfed-eval-") as scratch:
-        clients = {"evaluator": encoded}
-        with Session(
-            Path(config.store), config.chain, clients, None, Path(scratch), pad_id=tokenizer.pad_id
-        ) as session:
-            ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
-            return session.trainer.evaluate(ordered, arrays)
+    trainer = open_trainer(
+        Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+    )
+    with closing(trainer.model.store):
+        ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
+        return trainer.evaluate(ordered, arrays)
 
 
 def _run(
@@ -144,13 +146,24 @@ def _run(
         if on_event is not None:
             on_event(event)
 
-    with Session(Path(config.store), config.chain, clients, evaluation, out, pad_id=tokenizer.pad_id) as session:
-        recorded = replace(config, chain=session.config)
-        with RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory:
-            if labels:
-                (out / LABELS_FILE).write_text(json.dumps(labels), encoding="utf-8")
-            result = session.run(directory, on_event=emit, resume=resume)
+    plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
+    with (
+        RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
+        Session(
+            Path(config.store), config.chain, clients, evaluation, out, plan=plan, pad_id=tokenizer.pad_id
+        ) as session,
+    ):
+        if labels:
+            write_text(out / LABELS_FILE, json.dumps(labels))
+        result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
+    """The run's plan, its samples counted in; nothing is written or allocated before it."""
+    num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
+    return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
 
 
 def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:
@@ -171,7 +184,7 @@ def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[st
     if settings.client is not None:
         rows = data.by_column(table, settings.client)
     elif settings.partition == "dirichlet":
-        rows = data.dirichlet(table.column(settings.label or ""), settings.num_clients, settings.alpha, seed)
+        rows = data.dirichlet(encoded.labels, settings.num_clients, settings.alpha, seed)
     else:
         rows = data.iid(len(table), settings.num_clients, seed)
     parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}

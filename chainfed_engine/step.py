@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from chainfed_engine import native
 from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
@@ -106,6 +107,8 @@ class StageTrainer:
     def prepare(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Bring the boundary cache of these samples to the window; `prefix_layers_run` counts layers over the data."""
         layers_run = self._supply.prepare(batches) if self._supply is not None else 0
+        if layers_run:
+            native.trim_heap()  # the prefix's buffers must not lie beside the window's
         return {"prefix_layers_run": float(layers_run)}
 
     def step(self, batch: Batch) -> float:
@@ -145,12 +148,15 @@ class StageTrainer:
     def profile(self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = ()) -> Arrays:
         """CKA score of every layer and stand-in statistics for `depths`, under the parameters in `arrays`."""
         self.parameters.load(arrays)
-        return profile(self.prefix, batches, self.readout, depths=depths, normalise=self.normalise)
+        statistics = profile(self.prefix, batches, self.readout, depths=depths, normalise=self.normalise)
+        native.trim_heap()
+        return statistics
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
         """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
         self.parameters.load(arrays)
+        native.trim_heap()  # what training left must not lie beside the sweep's buffers
         samples, targets, correct, loss = 0, 0, 0, 0.0
         for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
             samples += len(batch.sample_ids)
@@ -161,6 +167,7 @@ class StageTrainer:
                 correct += int(hits.sum())
             targets += len(losses)
             loss += float(losses.double().sum())
+        native.trim_heap()
         if targets == 0:
             raise InvalidArgument("evaluate: the data holds no labelled sample")
         if self.task == "causal-lm":

@@ -129,3 +129,10 @@ def test_every_field_has_a_table_and_numbers_a_range() -> None:
         for item in dataclasses.fields(record):
             assert item.metadata["table"] in {"model", "data", "chain", "train", "memory", "federation"}
             assert item.metadata["low"] <= item.metadata["high"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.toml")), ids=lambda p: p.name)
+def test_the_examples_load_and_read_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert config.chain.budget is not None

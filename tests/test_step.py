@@ -31,7 +31,9 @@ def batches(labelled: str = "classes") -> list[Batch]:
     return made
 
 
-def trainer(checkpoint: Checkpoint, *, num_slots: int | None = None, labels: int = 3, **options: object) -> StageTrainer:
+def trainer(
+    checkpoint: Checkpoint, *, num_slots: int | None = None, labels: int = 3, **options: object
+) -> StageTrainer:
     names = ("cache_format", "micro_batch", "recompute", "fill_bytes")
     own = {name: options.pop(name) for name in names if name in options}
     config = ChainConfig(adapter_size=4, **{"stand_in": False, **options})  # type: ignore[arg-type]
@@ -153,7 +155,9 @@ def test_the_cache_misses_when_an_adapter_below_changes_and_hits_otherwise(
     assert one.prepare(batches())["prefix_layers_run"] == 2
 
 
-def test_a_sample_that_is_new_or_a_damaged_file_makes_a_fresh_fill(model: Checkpoint, tmp_path: Path, ended: list) -> None:
+def test_a_sample_that_is_new_or_a_damaged_file_makes_a_fresh_fill(
+    model: Checkpoint, tmp_path: Path, ended: list
+) -> None:
     one = trainer(model)
     arrays = one.parameters.export()
     begin(ended, one, window(2, 3), arrays, tmp_path).prepare(batches()[:2])

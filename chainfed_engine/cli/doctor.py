@@ -1,8 +1,8 @@
 """`chainfed doctor`: what this machine and this installation can do, checked by doing it.
 
 At every instruction set the processor has, kernels are launched and held to the float64 reference: int4 weights are
-quantised, the linear is computed with f32 and with int8 activations. `examine` returns a plain dict (the --json output),
-`render` the same as text; `verdict` lists every problem found.
+quantised, the linear is computed with f32 and with int8 activations. `examine` returns a plain dict (the --json
+output), `render` the same as text; `verdict` lists every problem found.
 """
 
 import os

@@ -21,6 +21,7 @@ BLOCK_FORMATS = ("int4", "nf4", "int8", "bf16", "f32")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program with `arguments` (None: the process's own) and return its exit code."""
     options = _parser().parse_args(arguments)
+    prepare_process()
     try:
         return int(options.command(options))
     except ChainfedError as error:
@@ -34,6 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`chainfed plan ... | head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def prepare_process() -> None:
+    """Settings that must stand before torch is imported: returned heap goes back to the system, and OpenMP's threads
+    sleep soon after their work instead of spinning on the cores that the native kernels' threads need."""
+    from chainfed_engine.memory.lean import keep_heap_lean
+
+    keep_heap_lean()
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # about 10 microseconds
 
 
 def _parser() -> argparse.ArgumentParser:

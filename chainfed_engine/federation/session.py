@@ -15,8 +15,9 @@ from chainfed_engine import native
 from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
-from chainfed_engine.errors import DataError
-from chainfed_engine.federation import FitResult, LocalTransport, RunDirectory, fit
+from chainfed_engine.federation.run import FitResult, fit
+from chainfed_engine.federation.run_directory import RunDirectory
+from chainfed_engine.federation.transport_local import LocalTransport
 from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
@@ -52,8 +53,24 @@ def store_sizes(info: StoreInfo) -> StoreSizes:
     )
 
 
+def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *, num_labels: int) -> StageTrainer:
+    """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says."""
+    choices = plan.choices
+    native.set_num_threads(torch.get_num_threads())
+    return StageTrainer(
+        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True)),
+        config,
+        task=task,
+        num_labels=num_labels,
+        cache_format=choices.cache_format,
+        micro_batch=0 if choices.micro_batch >= config.batch_size else choices.micro_batch,
+        recompute=choices.recompute,
+        fill_bytes=choices.fill_bytes,
+    )
+
+
 class Session:
-    """A run of `config` over the clients' data, in `out`. Use as a context manager, or `close`."""
+    """A run of `config` over the data of at least one client, in `out`, as `plan` says. A context manager."""
 
     def __init__(
         self,
@@ -63,30 +80,16 @@ class Session:
         evaluation: EncodedData | None,
         out: Path,
         *,
+        plan: Plan,
         pad_id: int,
     ) -> None:
-        if not clients:
-            raise DataError("clients: expected at least one, got none")
         first = next(iter(clients.values()))
         self.task = first.task
         num_labels = len(first.label_names)
-        info = StoreInfo.read(store)
-        tokens = sum(data.num_tokens for data in (*clients.values(), *([evaluation] if evaluation else [])))
-        self.plan = plan_for(info, config, self.task, data_bytes=8 * tokens)
-        choices = self.plan.choices
-        self.config = replace(config, cache_format=choices.cache_format)
-        native.set_num_threads(torch.get_num_threads())
-        self.store = LayerStore.open(store, num_slots=choices.num_slots, verify=True)
-        self.trainer = StageTrainer(
-            FrozenModel(self.store),
-            self.config,
-            task=self.task,
-            num_labels=num_labels,
-            cache_format=choices.cache_format,
-            micro_batch=0 if choices.micro_batch >= config.batch_size else choices.micro_batch,
-            recompute=choices.recompute,
-            fill_bytes=choices.fill_bytes,
-        )
+        self.plan = plan
+        self.config = replace(config, cache_format=plan.choices.cache_format)
+        self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
+        self.store = self.trainer.model.store
         members = [
             Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id)
             for name, data in clients.items()

@@ -18,8 +18,9 @@ from chainfed_engine.types import ModelShape, TaskKind
 
 F32 = 4
 MIB = 1 << 20
-FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)
-SLACK_BYTES = 24 * MIB  # allocator caches, the tokeniser, Python objects of a run
+STREAMED_FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)  # read each layer once for as many batches as this holds
+RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in the processor's caches
+SLACK_BYTES = 64 * MIB  # libraries at work (BLAS buffers, code paged in), allocator caches, Python objects of a run
 HEAD_WORKSPACE_BYTES = 16 * MIB
 
 
@@ -139,7 +140,7 @@ def _from_fastest(request: Request) -> Iterator[Choices]:
     for num_slots in slots:
         for recompute in (False, True):
             for micro_batch in micro_batches:
-                for fill_bytes in FILL_BYTES:
+                for fill_bytes in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
                     yield Choices(num_slots, micro_batch, recompute, cache_format, fill_bytes)
 
 

@@ -70,6 +70,11 @@ class FrozenLayer(nn.Module):
             hidden = self.module(hidden, attention_mask=context.masks[self.attention_kind], **arguments)
         return hidden if adapter is None else adapter(hidden)
 
+    def train(self, mode: bool = True) -> "FrozenLayer":
+        """Stay in evaluation mode whatever a surrounding module switches to: frozen layers have no dropout."""
+        super().train(False)
+        return self
+
     @contextmanager
     def _with_inside(self, adapter: LayerAdapter | None) -> Iterator[None]:
         branches = {} if adapter is None else adapter.low_rank

@@ -1,9 +1,9 @@
 """`synth`: a store of a given shape with random weights and a byte-level tokenizer, for trials of memory and speed.
 
 Enters: the name of a shape or a transformers config. Leaves: a store like any other, made by the same plan and writer.
-Weights have mean 0 (nf4: nearly) and standard deviation 0.02, norms are 1, biases 0. For int4, nf4 and int8 codes are drawn
-uniformly and share one scale (one offset) for the whole matrix: quantising billions of normal values would show nothing
-that this does not. bf16 and f32 weights are drawn from the normal distribution. Equal seeds give equal bytes.
+Weights have mean 0 (nf4: nearly) and standard deviation 0.02, norms are 1, biases 0. For int4, nf4 and int8 codes are
+drawn uniformly and share one scale (one offset) for the whole matrix: quantising billions of normal values would show
+nothing that this does not. bf16 and f32 weights are drawn from the normal distribution. Equal seeds give equal bytes.
 """
 
 import hashlib
@@ -163,6 +163,7 @@ def _source(label: str, config: dict[str, Any], seed: int) -> Source:
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise InvalidArgument(f"seed {seed!r}: expected an integer in 0 .. 2**63 - 1")
     config = config | special_token_ids(shape.architecture)
+    shape = model_shape(config)  # RoBERTa's positions depend on its padding token
     is_decoder = "norm.weight" in shapes
     if is_decoder and config.get("tie_word_embeddings") is not True:
         shapes["lm_head.weight"] = (shape.vocab_size, shape.hidden_size)

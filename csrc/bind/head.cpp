@@ -24,6 +24,18 @@ void require_both_or_none(const Arguments& args, const Array& grad, const Array&
   if (grad.is_null() != target_row.is_null()) args.fail("grad and target_row must be given both or neither");
 }
 
+// That a target lies in some shard is for the caller, who alone knows the vocabulary; a label to be ignored (-100) lies
+// in none and would silently give a wrong loss.
+void check_targets(const Arguments& args, const Array& targets) {
+  for (int64_t t = 0; t < targets.size(0); ++t) {
+    const int64_t target = targets.as<int64_t>()[t];
+    if (target < 0) {
+      args.fail("targets must be vocabulary rows (leave tokens without a label out), got " + std::to_string(target) +
+                " at position " + std::to_string(t));
+    }
+  }
+}
+
 void update(const Matrix& shard, int64_t first_row, py::handle hidden_object, py::handle targets_object,
             const std::string& activation_name, py::handle max_object, py::handle sum_object,
             py::handle target_logit_object, py::handle grad_object, py::handle target_row_object,
@@ -44,9 +56,7 @@ void update(const Matrix& shard, int64_t first_row, py::handle hidden_object, py
   const Array& target_row =
       args.optional_output("target_row", target_row_object, Dtype::f32, {num_tokens, hidden_size});
   require_both_or_none(args, grad, target_row);
-  // Which shard a target belongs to is the kernel's business; that it belongs to one is the caller's, who alone knows
-  // the vocabulary. A negative target (an ignored label) belongs to none and would silently give a wrong loss.
-  args.check_indices("targets", targets, INT64_MAX);
+  check_targets(args, targets);
   const Array& workspace = args.workspace(
       workspace_object, cross_entropy_workspace_bytes(view.format, num_tokens, view.num_rows, hidden_size));
   args.check_aliases();

@@ -12,8 +12,8 @@ import pytest
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.federation import LocalTransport, RunDirectory
+from chainfed_engine.federation.session import Session
 from chainfed_engine.model.synth import synth
-from chainfed_engine.session import Session
 from chainfed_engine.types import Arrays
 
 CONFIG = ChainConfig(

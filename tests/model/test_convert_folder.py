@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError, UnsupportedModel
 from chainfed_engine.model.convert import convert
+from chainfed_engine.model.convert.source import encode_rows
 from chainfed_engine.model.format import StoreInfo
+from chainfed_engine.model.layout import parse_block_format
 from tests.model.convert_cases import CASES, HEAD_NAMES, head_rows, save_checkpoint, stored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the store has no tokenizer.*:UserWarning")
@@ -195,6 +198,48 @@ def test_a_hub_id_that_is_not_in_the_cache_is_one_clear_error_offline(
         convert("nobody/no-such-model", tmp_path / "store")
 
 
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--somebody--tiny"
+    save_checkpoint("bert", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    info = StoreInfo.read(convert("somebody/tiny", tmp_path / "store", block_format="f32"))
+    assert info.source == "somebody/tiny" and info.num_layers == 3
+
+
+@pytest.mark.parametrize("head_format", ["int4", "nf4", "int8", "bf16"])
+def test_a_matrix_written_in_several_blocks_equals_one_quantised_at_once(head_format: str, tmp_path: Path) -> None:
+    num_rows = 40_003  # three blocks of 64 columns; no multiple of 8
+    save_checkpoint("bert", tmp_path / "model")
+    words = torch.randn(num_rows, 64)
+    edited(tmp_path / "model", embeddings__word_embeddings__weight=words)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": num_rows}))
+    info = converted(tmp_path / "model", "f32", head_format=head_format)
+    codes, scales = encode_rows(words.numpy(), parse_block_format(head_format), "words", 0)
+    found = stored(info.embedding)
+    if scales is None:
+        assert np.array_equal(found["word_embeddings.weight"].view(torch.uint16).numpy(), codes)
+    else:
+        assert np.array_equal(found["word_embeddings.weight.codes"].numpy(), codes)
+        assert np.array_equal(found["word_embeddings.weight.scales"].numpy(), scales)
+
+
+def test_narrow_matrices_stay_f32(tmp_path: Path) -> None:
+    _, _, settings, _ = CASES["llama"]
+    narrow = settings | {"hidden_size": 24, "head_dim": 6}
+    LlamaForCausalLM(LlamaConfig(**narrow)).save_pretrained(tmp_path / "model")
+    info = converted(tmp_path / "model", "int4")
+    formats = {entry.name: entry.block_format for entry in info.layers[0].tensors}
+    assert formats["mlp.up_proj.weight"] == "f32" and formats["mlp.down_proj.weight"] == "int4"
+    assert info.head_shards[0].tensors[0].block_format == "f32"
+
+
 def test_what_cannot_be_converted_is_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="expected one of int4, nf4, int8, bf16, f32"):
         convert(tmp_path, tmp_path / "store", block_format="int3")
@@ -236,6 +281,11 @@ def test_tensors_that_are_missing_misshapen_unknown_or_not_finite_are_named(tmp_
     damaged = torch.zeros(64, 64)
     damaged[17, 5] = float("nan")
     refused(CorruptFile, "o_proj.weight: nan at row 17, column 5", model__layers__2__self_attn__o_proj__weight=damaged)
+    save_checkpoint("llama", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(UnsupportedModel, match=r"num_hidden_layers is 1000000000; expected an integer in 1 \.\. 4096"):
+        convert(tmp_path / "model", tmp_path / "store", block_format="f32")
     integers = torch.zeros(64, 64, dtype=torch.int32)
     refused(UnsupportedModel, "is I32; expected F32, F16 or BF16", model__layers__0__self_attn__o_proj__weight=integers)
 

@@ -81,6 +81,17 @@ def test_a_variant_that_would_run_as_another_model_is_refused(name: str, change:
         family(name).config({"model_type": name, **change})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "64"}, {"num_attention_heads": 5}, {"hidden_act": "no such function"}, {"vocab_size": None}],
+)
+def test_a_config_that_transformers_refuses_is_an_unsupported_model(change: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="transformers"):
+        kind = family("bert")
+        kind.embeddings(kind.config(change))
+        kind.layer(kind.config(change), 0)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("lengths", [[17, 9, 1, 12], [7, 7]])
 def test_an_encoder_streamed_from_an_f32_store_is_transformers_own(

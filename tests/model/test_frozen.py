@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chainfed_engine import native
-from chainfed_engine.adapters import build_adapter
+from chainfed_engine.adapters import LoRA, build_adapter
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.model.families.base import LayerContext
 from chainfed_engine.model.frozen import FrozenLayer, FrozenModel
@@ -21,16 +21,15 @@ from tests.conftest import Checkpoint, inputs, make_batch, relative_error, strea
 Make = Callable[..., Checkpoint]
 
 
-def reference_layer(reference: Any, index: int) -> nn.Module:
+def reference_layer(reference: Any, index: int) -> Any:
     """Layer `index` of a transformers model without a head."""
     layers = reference.layers if hasattr(reference, "layers") else None
     if layers is None:
         layers = (reference.encoder if hasattr(reference, "encoder") else reference.transformer).layer
-    layer: nn.Module = layers[index]
-    return layer
+    return layers[index]
 
 
-def dense(layer: nn.Module, hidden: Tensor, context: LayerContext, kind: str) -> Tensor:
+def dense(layer: Any, hidden: Tensor, context: LayerContext, kind: str) -> Tensor:
     arguments = {} if context.rotary is None else {"position_embeddings": context.rotary}
     out: Tensor = layer(hidden, attention_mask=context.masks[kind], **arguments)
     return out
@@ -46,8 +45,8 @@ def test_the_gradient_of_a_layers_input_is_that_of_the_dense_layer(
     hidden = model.embed(padded_batch)
     grad_out = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    layer(ours, context).backward(grad_out)
-    dense(reference_layer(tiny.reference, 1), theirs, context, layer.attention_kind).backward(grad_out)
+    wanted = dense(reference_layer(tiny.reference, 1), theirs, context, layer.attention_kind)
+    torch.autograd.backward([layer(ours, context), wanted], [grad_out, grad_out])
     assert ours.grad is not None and theirs.grad is not None
     assert relative_error(ours.grad, theirs.grad) <= 1e-5
 
@@ -212,6 +211,7 @@ def test_lora_acts_as_if_it_were_merged_into_the_weights(checkpoint: Make, padde
     tiny = checkpoint("llama")
     model = tiny.open()
     lora = build_adapter("lora", model.family, model.shape, layer=1, size=3, seed=0)
+    assert isinstance(lora, LoRA)
     context, hidden = model.context(padded_batch), model.embed(padded_batch)
     assert torch.equal(model.run_layer(1, hidden, context, lora), model.run_layer(1, hidden, context))
     for parameter in lora.parameters():
@@ -227,6 +227,17 @@ def test_lora_acts_as_if_it_were_merged_into_the_weights(checkpoint: Make, padde
             getattr(layer.self_attn, name).weight.copy_(weight)
     assert relative_error(model.run_layer(1, hidden, context, lora), wanted) <= 1e-5
     assert all(linear.low_rank is None for linear in model.layer(1).linears.values())
+
+
+def test_dropout_stays_off_when_a_surrounding_module_is_switched_to_training(
+    checkpoint: Make, padded_batch: Batch
+) -> None:
+    model = checkpoint("bert").open()
+    context, hidden = model.context(padded_batch), model.embed(padded_batch)
+    layer = model.layer(0)
+    wanted = layer(hidden, context)
+    nn.ModuleList([layer]).train()
+    assert torch.equal(layer(hidden, context), wanted)
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(checkpoint: Make) -> None:

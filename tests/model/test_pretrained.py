@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,14 +44,13 @@ def test_smollm2_in_4_bits_is_transformers_with_the_dequantised_weights(tmp_path
     pytest.importorskip("gguf")
     # Q4_1 blocks are taken over without loss; in f32 the word embeddings are those of transformers, too.
     store = convert(gguf, tmp_path / "store", block_format="int4", head_format="f32")
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    ).eval()
+    options = {"gguf_file": gguf.name, "dtype": torch.float32}
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)  # in evaluation mode
     batch = sentence_tokens()
     with torch.no_grad():
         wanted = reference(**inputs(batch, pad_token_id=0)).logits[batch.attention_mask.bool()]
     for activation in ("f32", "int8"):
-        model = FrozenModel(LayerStore.open(store, num_slots=2), activation)  # type: ignore[arg-type]
+        model = FrozenModel(LayerStore.open(store, num_slots=2), activation)
         assert model.head is not None
         logits = model.head.logits(streamed(model, batch)[batch.attention_mask.bool()])
         if activation == "f32":

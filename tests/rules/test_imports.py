@@ -21,7 +21,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"profile", "step", "client", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"session", "api", "export", "report"}),
+    frozenset({"api", "export", "report"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {
@@ -29,8 +29,7 @@ FORBIDDEN = {
     "window": {"boundary", "prefix"},
     "server": {name for row in ROWS[1:] for name in row} - {"server"},
 }
-# `session` builds both for a run in this process; besides it only the federation knows both sides.
-KNOWS_BOTH_SIDES = {"federation", "session"}
+KNOWS_BOTH_SIDES = {"federation"}
 
 
 def _files() -> list[Path]:

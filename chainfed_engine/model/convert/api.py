@@ -68,7 +68,7 @@ def write_store(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if is_already_made(destination, key):
         return destination
-    with PartialStore(destination, key) as partial:
+    with PartialStore(Path(os.path.abspath(destination)), key) as partial:
         files = partial.write_files(plan.files, progress)
         tokenizer_files = _write_tokenizer(source, partial.fresh_tokenizer_folder(), source.write_tokenizer)
         content = _store_json(source, plan, block_format, head_format, files, tokenizer_files)

@@ -9,7 +9,7 @@ from typing import Any
 
 from chainfed_engine.errors import UnsupportedModel
 from chainfed_engine.model.families import SUPPORTED
-from chainfed_engine.model.shape import model_shape
+from chainfed_engine.model.shape import config_size, model_shape
 from chainfed_engine.types import ModelShape
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,7 +47,7 @@ def _bert(shape: ModelShape, config: dict[str, Any]) -> Shapes:
     result: Shapes = {
         "embeddings.word_embeddings.weight": (shape.vocab_size, hidden),
         "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
-        "embeddings.token_type_embeddings.weight": (config.get("type_vocab_size", 2), hidden),
+        "embeddings.token_type_embeddings.weight": (config_size(config, "type_vocab_size", 2), hidden),
         **_norm("embeddings.LayerNorm", hidden),
     }
     for index in range(shape.num_layers):

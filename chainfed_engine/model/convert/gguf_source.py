@@ -77,7 +77,7 @@ class GgufTensor(SourceTensor):
         check_finite(scales, f"{self.name} (block scales)", begin)
         codes_out, scales_out = allocate(block_format, end - begin, self.num_cols)
         repack = native.repack_q4_1 if block_format == "int4" else native.repack_q8_0
-        repack(raw, codes_out=codes_out, scales_out=scales_out)
+        repack(raw, num_rows=end - begin, num_cols=self.num_cols, codes_out=codes_out, scales_out=scales_out)
         return codes_out, scales_out
 
     def _raw_rows(self, begin: int, end: int) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine.model.format import TOKENIZER_FILES
+from chainfed_engine.model.header import parse_json
 
 MAX_TOKENIZER_BYTES = 256_000_000
 _SLOW_FILES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -45,7 +46,7 @@ def _extract_chat_template(folder: Path, destination: Path) -> None:
     old = folder / "chat_template.json"
     if (destination / "chat_template.jinja").exists() or not old.is_file() or old.stat().st_size > MAX_TOKENIZER_BYTES:
         return
-    content = json.loads(old.read_text(encoding="utf-8"))
+    content = parse_json(old.read_bytes(), str(old))
     if isinstance(content, dict) and isinstance(content.get("chat_template"), str):
         (destination / "chat_template.jinja").write_text(content["chat_template"], encoding="utf-8")
 

@@ -48,7 +48,10 @@ class Family(ABC):
                 raise UnsupportedModel(
                     f"{self.model_type} with {key} = {values[key]!r}: the engine runs {value!r} alone"
                 )
-        config = self.config_class(**{key: value for key, value in values.items() if key != "model_type"})
+        try:
+            config = self.config_class(**{key: value for key, value in values.items() if key != "model_type"})
+        except Exception as error:  # the library's validators raise many kinds, some straight from Exception
+            raise UnsupportedModel(f"config: transformers refuses it: {' '.join(str(error).split())[:300]}") from error
         config._attn_implementation = "sdpa"
         config.chunk_size_feed_forward = 0  # a way to save memory that demands lengths divisible by it
         return config
@@ -77,9 +80,15 @@ class Family(ABC):
 
 
 def without_weights(build: Any) -> nn.Module:
-    """Call `build` on the meta device and switch the module to evaluation mode with frozen parameters."""
-    with torch.device("meta"):
-        module: nn.Module = build()
+    """Call `build` on the meta device and switch the module to evaluation mode with frozen parameters.
+
+    Raises UnsupportedModel when the library cannot build it: an unknown activation, heads that do not divide the size.
+    """
+    try:
+        with torch.device("meta"):
+            module: nn.Module = build()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"config: transformers cannot build the layer: {str(error)[:300]}") from error
     return module.eval().requires_grad_(False)
 
 

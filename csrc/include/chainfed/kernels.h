@@ -40,9 +40,13 @@ int64_t linear_grad_input_workspace_bytes(BlockFormat format, int64_t num_tokens
 // be streamed). Online softmax: call update once per shard in any fixed order, then finish once.
 //   running_max [T] starts at -inf, running_sum [T] at 0, target_logit [T] at 0, grad/target_row [T,D] at 0.
 //   With grad == null only the loss is computed (then target_row is null too).
-// update:  z = hidden shard^T ; folds exp(z - max) into running_sum and, with grad, exp(z - max) * shard into grad;
-//          tokens whose target lies in [first_row, first_row + N) get target_logit and target_row.
-// finish:  loss[t] = max + log(sum) - target_logit ;  grad[t] = token_weight[t] * (grad[t] / sum[t] - target_row[t]).
+// update:  z = hidden shard^T ; folds exp(z - max) into running_sum and, with grad, exp(z - max) * shard into grad for
+//          every row but the target's; tokens whose target lies in [first_row, first_row + N) get target_logit and
+//          target_row. Targets are >= 0; that each lies in some shard is the caller's to see.
+// finish:  loss[t] = max + log(sum) - target_logit ;
+//          grad[t] = token_weight[t] * (grad[t] / sum[t] + (exp(target_logit - max) / sum - 1) * target_row[t]).
+// A token whose hidden state or logits are not finite gets a NaN loss and gradient, alone. The far tail of the softmax
+// is summed exactly but enters grad through means of 128 rows: head/cell.h states the bound.
 void cross_entropy_update(const MatrixView& shard, int64_t first_row, const float* hidden /*[T,D]*/,
                           const int64_t* targets /*[T] in [0,V)*/, int64_t num_tokens, Activation activation,
                           float* running_max /*[T]*/, float* running_sum /*[T]*/, float* target_logit /*[T]*/,

@@ -1,0 +1,145 @@
+"""The public functions on a store with a tokenizer: plan, fit, run, evaluate, and what they leave on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chainfed_engine as cfe
+from chainfed_engine import api
+from chainfed_engine.config import load_config
+from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.types import layer_of_key
+
+SHAPES = {
+    "bert": {"model_type": "bert", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128},
+    "llama": {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, shape in SHAPES.items():
+        folder = tmp_path_factory.mktemp(name)
+        config = {**shape, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64}
+        (folder / "config.json").write_text(json.dumps(config))
+        made[name] = cfe.synth(str(folder / "config.json"), folder / "store", block_format="int4")
+    return made
+
+
+def examples(count: int, first: int = 0) -> list[dict[str, str]]:
+    words = ("good film", "bad film")
+    return [{"text": f"{words[i % 2]} {i}", "label": words[i % 2][:4].strip()} for i in range(first, first + count)]
+
+
+def clients() -> dict[str, list[dict[str, str]]]:
+    return {"anna": examples(9), "ben": examples(3, 20), "carla": examples(1, 40), "dora": examples(20, 60)}
+
+
+CONFIG = cfe.ChainConfig(rounds=4, sequence_length=16, batch_size=4, clients_per_round=3, adapter_size=4, lr=1e-2)
+
+
+def test_fit_trains_evaluates_and_saves(stores: dict[str, Path], tmp_path: Path) -> None:
+    result = cfe.fit(stores["bert"], clients(), CONFIG, evaluation=examples(6, 100))
+    assert 0.0 <= result.evaluation["accuracy"] <= 1.0
+    rounds = [event for event in result.events if event["event"] == "round"]
+    assert len(rounds) == 4 and all(np.isfinite(event["loss"]) for event in rounds)
+    saved = result.save(tmp_path / "run")
+    assert {"config.toml", "metrics.jsonl", "adapters.safetensors", "state"} <= {path.name for path in saved.iterdir()}
+    with pytest.raises(StorageError, match="exists already"):
+        result.save(saved)
+
+
+@pytest.mark.parametrize("method", ["none", "linear-probe", "top-window", "full-adapters", "chain"])
+def test_every_method_trains_what_it_says(stores: dict[str, Path], method: str) -> None:
+    from dataclasses import replace
+
+    start = cfe.fit(stores["bert"], clients(), replace(CONFIG, method="none")).parameters
+    config = replace(CONFIG, method=method, start_layer=1 if method == "chain" else None)
+    result = cfe.fit(stores["bert"], clients(), config)
+    changed = {key for key, value in result.parameters.items() if not np.array_equal(value, start[key])}
+    layers = {layer_of_key(key) for key in changed} - {None}
+    expected = {"none": set(), "linear-probe": set(), "top-window": {2, 3}, "full-adapters": {0, 1, 2, 3}}
+    assert layers == expected.get(method, {1, 2, 3})
+    assert any(key.startswith("classifier.") for key in changed) == (method != "none")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(stores: dict[str, Path]) -> None:
+    from dataclasses import replace
+
+    first, second = (cfe.fit(stores["llama"], prompts(), CONFIG).parameters for _ in range(2))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    other = cfe.fit(stores["llama"], prompts(), replace(CONFIG, seed=7)).parameters
+    assert not all(np.array_equal(first[key], other[key]) for key in first)
+
+
+def prompts() -> dict[str, list[dict[str, str]]]:
+    row = {"prompt": "say", "response": "abcabcabc"}
+    return {"anna": [row] * 6, "ben": [row] * 3}
+
+
+def test_a_causal_lm_learns_its_responses_window_by_window(stores: dict[str, Path]) -> None:
+    from dataclasses import replace
+
+    config = replace(CONFIG, rounds=6, local_epochs=4, start_layer=0)
+    untrained = cfe.fit(stores["llama"], prompts(), replace(config, method="none"), evaluation=prompts()["anna"])
+    trained = cfe.fit(stores["llama"], prompts(), config, evaluation=prompts()["anna"])
+    assert trained.evaluation["token_loss"] < untrained.evaluation["token_loss"] - 0.1
+
+
+def write_run(folder: Path, store: Path, **train: object) -> Path:
+    with (folder / "train.csv").open("w") as file:
+        file.write("text,label,site\n")
+        for name, rows in clients().items():
+            file.writelines(f"{row['text']},{row['label']},{name}\n" for row in rows)
+    with (folder / "eval.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in examples(6, 100))
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in train.items())
+    (folder / "run.toml").write_text(
+        f'[model]\nstore = "{store}"\n[data]\ntrain = "train.csv"\neval = "eval.jsonl"\nlabel = "label"\n'
+        f'client = "site"\n[chain]\nrounds = 3\nadapter_size = 4\n[train]\nbatch_size = 4\nsequence_length = 16\n'
+        f"{settings}\n"
+    )
+    return folder / "run.toml"
+
+
+def test_evaluate_repeats_the_runs_own_last_figures(stores: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, stores["bert"]))
+    result = api.run(config, tmp_path / "out")
+    scores = cfe.evaluate(tmp_path / "out", tmp_path / "eval.jsonl")
+    assert scores["accuracy"] == result.evaluation["accuracy"]
+    assert scores["loss"] == pytest.approx(result.evaluation["loss"])
+    memory = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any(event["event"] == "memory" and event["peak_rss_bytes"] > 0 for event in memory)
+    assert memory[-1]["event"] == "eval"
+
+
+def test_an_unknown_label_at_evaluation_is_named(stores: dict[str, Path], tmp_path: Path) -> None:
+    api.run(load_config(write_run(tmp_path, stores["bert"])), tmp_path / "out")
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "odd", "label": "ugly"}) + "\n")
+    with pytest.raises(DataError, match="ugly"):
+        cfe.evaluate(tmp_path / "out", tmp_path / "other.jsonl")
+
+
+def test_a_budget_that_cannot_fit_is_refused_before_anything_is_written(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    config = load_config(write_run(tmp_path, stores["bert"]), ["memory.budget=16MiB"])
+    with pytest.raises(MemoryBudgetExceeded, match="smallest that would do"):
+        api.run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_adds_up_and_shrinks_with_the_budget(stores: dict[str, Path]) -> None:
+    free = cfe.plan(stores["llama"], batch_size=64, sequence_length=64)
+    assert sum(free.parts.values()) == free.predicted_peak_bytes
+    tight = cfe.plan(stores["llama"], batch_size=64, sequence_length=64, budget=free.predicted_peak_bytes - 2_000_000)
+    assert tight.predicted_peak_bytes < free.predicted_peak_bytes
+    assert "predicted peak" in tight.table() and tight.to_json()["predicted_peak_bytes"] == tight.predicted_peak_bytes
+
+
+def test_a_table_without_a_client_column_is_refused(stores: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="client"):
+        cfe.fit(stores["bert"], examples(4), CONFIG)

@@ -1,0 +1,110 @@
+"""`ChainTrainer` as a training script uses it: dicts of tensors in, a trained chain out, no federation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chainfed_engine import ChainConfig, ChainTrainer
+from chainfed_engine.chain_trainer import as_batch
+from chainfed_engine.errors import ConfigError, InvalidArgument
+from tests.conftest import Checkpoint, make_batch
+
+
+def loader(labelled: str) -> list[dict[str, torch.Tensor]]:
+    made = []
+    for seed, lengths in enumerate(([17, 9, 4, 12], [5, 8, 30], [3, 20, 11])):
+        batch = make_batch(lengths, seed=seed)
+        item = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if labelled == "classes":
+            item["labels"] = (batch.input_ids[:, 0] % 2).long()
+        else:
+            item["labels"] = torch.where(batch.attention_mask.bool(), batch.input_ids, -100)
+        made.append(item)
+    return made
+
+
+@pytest.mark.parametrize("adapter", ["bottleneck", "lora"])
+@pytest.mark.parametrize(
+    ("name", "head", "labelled"), [("bert", "Model", "classes"), ("llama", "ForCausalLM", "tokens")]
+)
+def test_two_sweeps_of_the_chain_lower_the_loss_of_the_whole_model(
+    checkpoint: Callable[..., Checkpoint], name: str, head: str, labelled: str, adapter: str
+) -> None:
+    data = loader(labelled)
+    config = ChainConfig(window=1, rounds=6, start_layer=0, adapter=adapter, adapter_size=4, lr=3e-3)  # type: ignore[arg-type]
+    measure = "loss" if labelled == "classes" else "token_loss"
+    with ChainTrainer(checkpoint(name, head).open(), config, num_labels=2 if labelled == "classes" else 0) as trainer:
+        before = trainer.evaluate(data)[measure]
+        profile = trainer.profile(data[0])
+        assert len(profile["cka"]) == 3 and profile["start_layer"] == 0
+        windows = []
+        while not trainer.done:
+            windows.append(trainer.stage.window.start)
+            for _ in range(8):
+                for batch in data:
+                    trainer.step(batch)
+            trainer.advance()
+        assert windows == [0, 1, 2, 0, 1, 2]
+        assert trainer.evaluate(data)[measure] < before
+
+
+def test_the_state_moves_to_another_trainer(checkpoint: Callable[..., Checkpoint]) -> None:
+    data = loader("classes")
+    config = ChainConfig(window=2, rounds=2, start_layer=1, adapter_size=4, lr=1e-2)
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
+        trainer.step(data[0])
+        state, scores = trainer.state_dict(), trainer.evaluate(data)
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as other:
+        assert other.evaluate(data) != scores
+        other.load_state_dict({key: np.array(value) for key, value in state.items()})
+        assert other.evaluate(data) == scores
+        with pytest.raises(InvalidArgument, match="unknown key"):
+            other.load_state_dict({"adapters.9.up_weight": state["adapters.2.up_weight"]})
+
+
+def test_caches_are_removed_with_a_temporary_folder_and_kept_in_a_given_one(
+    checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    config = ChainConfig(window=1, rounds=2, start_layer=1, adapter_size=4)
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2, cache_dir=tmp_path) as trainer:
+        trainer.step(loader("classes")[0])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["depth-0001.bin", "depth-0001.json"]
+
+
+def test_mistakes_are_named(checkpoint: Callable[..., Checkpoint]) -> None:
+    model = checkpoint("bert").open()
+    with ChainTrainer(model, ChainConfig(window=4, start_layer=0), num_labels=2) as trainer:
+        with pytest.raises(InvalidArgument, match="call step first"):
+            trainer.advance()
+        with pytest.raises(ConfigError, match="window"):
+            trainer.step(loader("classes")[0])
+    with pytest.raises(InvalidArgument, match="at least 2 classes"):
+        ChainTrainer(model, num_labels=1)
+    with pytest.raises(InvalidArgument, match="no LM head"):
+        ChainTrainer(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 3)}, "input_ids as an int64"),
+        ({"attention_mask": torch.ones(2, 4, dtype=torch.int64)}, r"\[B, T\]"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"\[B, T\]"),
+        ({"sample_ids": ["one"]}, "one sample id a sequence"),
+    ],
+)
+def test_malformed_batches_are_refused(change: dict, message: str) -> None:
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.int64), **change}
+    with pytest.raises(InvalidArgument, match=message):
+        as_batch(batch)
+
+
+def test_the_default_sample_id_names_the_tokens_and_not_the_padding() -> None:
+    batch = make_batch([4, 9])
+    alone = make_batch([4, 9])
+    short = {"input_ids": alone.input_ids[:1, :4], "attention_mask": alone.attention_mask[:1, :4]}
+    padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    assert as_batch(short).sample_ids[0] == as_batch(padded).sample_ids[0] != as_batch(padded).sample_ids[1]
