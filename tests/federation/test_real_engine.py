@@ -12,7 +12,8 @@ import pytest
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.federation import LocalTransport, RunDirectory
-from chainfed_engine.federation.session import Session
+from chainfed_engine.federation.session import Session, plan_for
+from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.synth import synth
 from chainfed_engine.types import Arrays
 
@@ -69,7 +70,8 @@ def _run(
         if event["event"] == "round" and event["round"] == stop_at:
             raise _Interrupted
 
-    with Session(store, CONFIG, clients, _client("judge", 9), out, pad_id=0) as session:
+    plan = plan_for(StoreInfo.read(store), CONFIG, "causal-lm")
+    with Session(store, CONFIG, clients, _client("judge", 9), out, plan=plan, pad_id=0) as session:
         if backwards:
             members = list(session.transport._clients.values())
             session.transport = LocalTransport(members, order=lambda tasks: reversed(list(tasks)))
