@@ -1,7 +1,7 @@
 """Where the window stands in each round: pure functions of the round number, so that a resumed run agrees.
 
 *continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
-refined in several sweeps. *train-and-freeze*: every window gets an equal share of the rounds, once, bottom to top.
+refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the rounds, once, bottom to top.
 Either may be preceded by `probe_rounds` rounds that train the classifier alone on the untrained model's features.
 Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
 """
@@ -47,7 +47,10 @@ class Schedule:
         if step < 0:
             return Stage("probe", Window(self.num_layers, self.num_layers), 0)
         if self.kind == "continuous":
-            sweep, position = divmod(step, self.num_positions)
+            # The first sweep is cut short from below so that the last round stands at the top, where the loss is the
+            # end-to-end loss: a run that ended lower would leave the classifier fitted to a stand-in.
+            skipped = -(self.rounds - self.probe_rounds) % self.num_positions
+            sweep, position = divmod(step + skipped, self.num_positions)
         else:
             share = max(1, (self.rounds - self.probe_rounds) // self.num_positions)
             sweep, position = 0, min(step // share, self.num_positions - 1)

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "chainfed/error.h"
@@ -30,33 +31,16 @@ inline void pause() {
 #endif
 }
 
-struct Job {
-  detail::RangeBody body = nullptr;
-  void* context = nullptr;
-  int64_t count = 0;
-  int num_parts = 1;
-  std::vector<std::exception_ptr> errors;
-};
-
-void run_part(Job& job, int part) {
-  const int64_t begin = job.count * part / job.num_parts;
-  const int64_t end = job.count * (part + 1) / job.num_parts;
-  if (begin == end) return;
-  inside_body = true;
-  try {
-    job.body(job.context, begin, end, part);
-  } catch (...) {
-    job.errors[part] = std::current_exception();
-  }
-  inside_body = false;
-}
+// Chunks a thread, when all threads run equally fast. One that is late or preempted then delays the call by a small
+// part of its share, and the others take over the rest.
+constexpr int64_t kChunksPerThread = 8;
 
 class Pool {
  public:
   explicit Pool(int count) {
     workers_.reserve(count - 1);
     try {
-      for (int part = 1; part < count; ++part) workers_.emplace_back([this, part] { work(part); });
+      for (int thread = 1; thread < count; ++thread) workers_.emplace_back([this, thread] { work(thread); });
     } catch (...) {
       stop();
       throw;
@@ -64,21 +48,77 @@ class Pool {
   }
   ~Pool() { stop(); }
 
-  int num_parts() const { return static_cast<int>(workers_.size()) + 1; }
+  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  void run(Job& job) {
-    job_ = &job;
-    unfinished_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    run_part(job, 0);
-    wait_for([this] { return unfinished_.load(std::memory_order_acquire) == 0; }, done_);
+  void run(int64_t count, detail::RangeBody body, void* context) {
+    const int64_t num_chunks = std::min(count, kChunksPerThread * num_threads());
+    ticket_.fetch_or(kClosed, std::memory_order_acq_rel);
+    count_.store(count, std::memory_order_release);
+    num_chunks_.store(num_chunks, std::memory_order_release);
+    body_.store(body, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    num_finished_.store(0, std::memory_order_relaxed);
+    const uint32_t job = next_job(0);
+    take_chunks(job, 0);
+    // Only chunks in the hands of other threads are waited for: a worker that has not woken up holds none.
+    wait_for([&] { return num_finished_.load(std::memory_order_acquire) == num_chunks; }, done_);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
+  // The ticket holds the job's number and its next chunk; a chunk of all ones: nothing to take.
+  static constexpr uint64_t kClosed = 0xFFFFFFFFu;
+
+  static uint32_t job_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+
+  uint32_t next_job(uint64_t first_chunk) {
+    uint32_t job;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job = job_of(ticket_.load(std::memory_order_relaxed)) + 1;
+      ticket_.store(static_cast<uint64_t>(job) << 32 | first_chunk, std::memory_order_release);
+    }
+    wake_.notify_all();
+    return job;
+  }
+
+  // The ticket is closed before the fields change, and fields are read by acquire: whoever has seen a field of the next
+  // job fails to exchange the ticket of this one.
+  void take_chunks(uint32_t job, int thread) {
+    for (;;) {
+      uint64_t ticket = ticket_.load(std::memory_order_acquire);
+      const auto chunk = static_cast<int64_t>(ticket & kClosed);
+      const int64_t count = count_.load(std::memory_order_acquire);
+      const int64_t num_chunks = num_chunks_.load(std::memory_order_acquire);
+      const detail::RangeBody body = body_.load(std::memory_order_acquire);
+      void* context = context_.load(std::memory_order_acquire);
+      if (job_of(ticket) != job || chunk >= num_chunks) return;
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      inside_body = true;
+      try {
+        body(context, split(count, num_chunks, chunk), split(count, num_chunks, chunk + 1), thread);
+      } catch (...) {
+        keep_error(chunk);
+      }
+      inside_body = false;
+      if (num_finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_chunks) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
+    }
+  }
+
+  static int64_t split(int64_t count, int64_t num_chunks, int64_t chunk) {
+    return count / num_chunks * chunk + std::min(chunk, count % num_chunks);
+  }
+
+  void keep_error(int64_t chunk) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error_ && error_chunk_ < chunk) return;
+    error_ = std::current_exception();
+    error_chunk_ = chunk;
+  }
+
   template <typename Ready>
   void wait_for(Ready ready, std::condition_variable& signal) {
     for (int i = 0; i < kSpinRounds; ++i) {
@@ -89,37 +129,32 @@ class Pool {
     signal.wait(lock, ready);
   }
 
-  void work(int part) {
-    uint64_t seen = 0;
+  void work(int thread) {
+    uint32_t seen = 0;
     for (;;) {
-      wait_for([&] { return generation_.load(std::memory_order_acquire) != seen; }, wake_);
-      ++seen;
-      if (stopping_) return;
-      run_part(*job_, part);
-      if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        done_.notify_one();
-      }
+      wait_for([&] { return job_of(ticket_.load(std::memory_order_acquire)) != seen; }, wake_);
+      if (stopping_.load(std::memory_order_acquire)) return;
+      seen = job_of(ticket_.load(std::memory_order_acquire));
+      take_chunks(seen, thread);
     }
   }
 
   void stop() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    stopping_.store(true, std::memory_order_release);
+    next_job(kClosed);
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
   }
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> unfinished_{0};
-  bool stopping_ = false;  // written under mutex_ before the generation is raised
-  Job* job_ = nullptr;     // written before the generation is raised
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int64_t> count_{0}, num_chunks_{0}, num_finished_{0};
+  std::atomic<detail::RangeBody> body_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<bool> stopping_{false};
+  std::exception_ptr error_;  // of the lowest chunk that failed; guarded by mutex_ while a job runs
+  int64_t error_chunk_ = 0;
   std::vector<std::thread> workers_;
 };
 
@@ -179,20 +214,11 @@ void run_ranges(int64_t count, RangeBody body, void* context) {
   Runtime& shared = runtime();
   std::lock_guard<std::mutex> turn(shared.turn);
   const int wanted = shared.wanted.load(std::memory_order_relaxed);
-  if (!shared.pool || shared.pool->num_parts() != wanted) {
+  if (!shared.pool || shared.pool->num_threads() != wanted) {
     shared.pool.reset();
     shared.pool = std::make_unique<Pool>(wanted);
   }
-  Job job;
-  job.body = body;
-  job.context = context;
-  job.count = count;
-  job.num_parts = shared.pool->num_parts();
-  job.errors.resize(job.num_parts);
-  shared.pool->run(job);
-  for (const std::exception_ptr& error : job.errors) {
-    if (error) std::rethrow_exception(error);
-  }
+  shared.pool->run(count, body, context);
 }
 
 }  // namespace detail

@@ -1,8 +1,9 @@
-// The core's own threads. One pool a process; the calling thread takes part, so `num_threads` counts it. Work is
-// split statically: thread t always gets the same indices for the same count, whatever the load of the machine.
-// Calls from several Python threads take turns; a call from inside a body runs on the calling thread alone. An
-// exception of any body is rethrown by the call (the first by thread number). After fork() the child starts its
-// own threads at the first call.
+// The core's own threads. One pool a process; the calling thread takes part, so `num_threads` counts it. A call's work
+// is cut into equal ranges of neighbouring indices, and whoever is free takes the next one: which thread runs which
+// index is not fixed, so a body's result must not depend on it. (A fixed split halves the speed whenever something
+// else, such as another library's waiting threads, holds one of the cores.) Calls from several Python threads take
+// turns; a call from inside a body runs on the calling thread alone. All ranges run even if one throws; the exception
+// of the lowest is rethrown by the call. After fork() the child starts its own threads at the first call.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -18,7 +19,7 @@ using RangeBody = void (*)(void* context, int64_t begin, int64_t end, int thread
 void run_ranges(int64_t count, RangeBody body, void* context);
 }  // namespace detail
 
-// body(begin, end, thread): each thread gets one contiguous, possibly empty (then not called) range of [0, count).
+// body(begin, end, thread) for ranges that make up [0, count); thread in [0, num_threads) names scratch space.
 template <typename Body>
 void parallel_ranges(int64_t count, Body&& body) {
   using Plain = std::remove_reference_t<Body>;

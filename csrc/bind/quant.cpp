@@ -10,7 +10,6 @@
 #include "bind/matrix.h"
 #include "chainfed/kernels.h"
 #include "quant/nf4_table.h"
-#include "quant/repack.h"
 
 namespace chainfed::bind {
 namespace {

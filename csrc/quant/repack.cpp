@@ -1,10 +1,9 @@
-#include "quant/repack.h"
+#include "chainfed/kernels.h"
 
 #include <cstring>
 #include <string>
 
 #include "base/thread_pool.h"
-#include "chainfed/block_format.h"
 #include "chainfed/error.h"
 
 namespace chainfed {

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -31,16 +32,36 @@ TEST(every_index_is_visited_once_at_any_thread_count) {
   set_num_threads(2);
 }
 
-TEST(ranges_are_the_same_in_every_call) {
-  set_num_threads(3);
-  std::vector<int> owner(100, -1);
-  parallel_ranges(100, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i) owner[i] = thread;
+TEST(a_thread_that_is_late_does_not_hold_up_the_others) {
+  set_num_threads(2);
+  std::atomic<int> first{-1};
+  std::atomic<int> others{0};
+  parallel_ranges(16, [&](int64_t, int64_t, int thread) {
+    int nobody = -1;
+    if (first.compare_exchange_strong(nobody, thread)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));  // meanwhile the other thread takes the rest
+    } else if (thread != first) {
+      ++others;
+    }
   });
-  for (int repeat = 0; repeat < 20; ++repeat) {
-    parallel_ranges(100, [&](int64_t begin, int64_t end, int thread) {
-      for (int64_t i = begin; i < end; ++i) CHECK(owner[i] == thread);
-    });
+  CHECK(others == 15);
+}
+
+// A worker that is late for one job must not run a piece of it with the next job's function or count.
+TEST(many_short_jobs_do_not_run_into_each_other) {
+  for (int threads : {2, 3, 8}) {
+    set_num_threads(threads);
+    for (int64_t job = 0; job < 3000; ++job) {
+      const int64_t count = 2 + job % 40;
+      std::atomic<int64_t> sum{0};
+      if (job % 2 == 0) {
+        parallel_for(count, [&](int64_t index) { sum += index; });
+        CHECK(sum == count * (count - 1) / 2);
+      } else {
+        parallel_ranges(count, [&](int64_t begin, int64_t end, int) { sum += 1000 * (end - begin); });
+        CHECK(sum == 1000 * count);
+      }
+    }
   }
   set_num_threads(2);
 }

@@ -7,7 +7,6 @@
 #include "chainfed/error.h"
 #include "check.h"
 #include "matrices.h"
-#include "quant/repack.h"
 
 using namespace testing;
 

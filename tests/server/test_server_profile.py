@@ -165,10 +165,10 @@ def test_profiling_is_tried_three_times_with_other_clients_and_then_given_up() -
 
 
 def test_training_follows_the_profile() -> None:
-    server = _server(stand_in=False, threshold=0.8, rounds=4, window=2)
+    server = _server(stand_in=False, threshold=0.8, rounds=6, window=2)
     site = Site(server.client_samples)
     tasks = server.next_tasks()
     for task in tasks:
         site.held[task.client].update(task.arrays)
     server.receive([_answer(server, task) for task in tasks])
-    assert [s.stage.window.start for s in play(server, site=site) if s.stage] == [2, 3, 4, 2]
+    assert [s.stage.window.start for s in play(server, site=site) if s.stage] == [2, 3, 4, 2, 3, 4]

@@ -10,13 +10,14 @@ from tests.server.server_parts import Site, changed_keys, make_server, play, sam
 
 
 def test_the_window_moves_up_one_layer_a_round_and_wraps() -> None:
-    summaries = play(make_server(rounds=5, window=2))
+    summaries = play(make_server(rounds=6, window=2))
     assert [(s.stage.window.start, s.stage.sweep) for s in summaries if s.stage] == [
         (0, 0),
         (1, 0),
         (2, 0),
         (0, 1),
         (1, 1),
+        (2, 1),
     ]
 
 

@@ -63,7 +63,7 @@ def test_adapters_trained_before_the_run_are_sent_wherever_they_are() -> None:
 
 
 def test_a_refused_round_does_not_hide_the_adapters_its_window_reached() -> None:
-    server = make_server(samples={"a": 5}, rounds=4)
+    server = make_server(samples={"a": 5}, rounds=6)
     server.next_tasks()
     server.receive([])
     assert _layers(server.next_tasks()[0].versions) == {0, 1, 2}

@@ -14,11 +14,22 @@ namespace chainfed {
 // Quantise a block of rows. weight f32 [num_rows, num_cols] row-major; codes/scales sized by codes_bytes/
 // scales_bytes of exactly these rows. int4 searches scale and offset for least squared error; int8 is symmetric
 // absmax/127; nf4 gives bitsandbytes' codes and absmax when K is a multiple of 64; bf16 rounds to nearest even.
-// Non-finite weights throw InvalidArgument naming the row and column.
+// Non-finite weights throw InvalidArgument naming the row and column. The one kernel that allocates: eight rows of f32
+// a thread.
 void quantize_blocks(const float* weight /*[N,K]*/, int64_t num_rows, int64_t num_cols, BlockFormat format, void* codes,
                      void* scales);
 // Decode rows [row_begin, row_end) to f32 row-major.
 void dequantize_rows(const MatrixView& w, int64_t row_begin, int64_t row_end, float* out /*[rows,K]*/);
+// GGUF blocks taken over without loss. A Q4_1 block is 32 inputs of one row: f16 d, f16 m, 16 bytes whose low nibbles
+// are the first 16 inputs and high nibbles the last 16, w = d q + m. A Q8_0 block: f16 d, 32 int8, w = d q. Both are
+// the rows of an int4 (int8) tile in another order; a Q8_0 code of -128 is kept. num_cols is a multiple of 32. A scale
+// that is not finite throws CorruptFile naming row and block; codes and scales are then half written.
+constexpr int64_t kQ41BlockBytes = 20;
+constexpr int64_t kQ80BlockBytes = 34;
+void repack_q4_1(const uint8_t* blocks /*[N,K/32*20]*/, int64_t num_rows, int64_t num_cols, uint8_t* codes,
+                 uint16_t* scales);
+void repack_q8_0(const uint8_t* blocks /*[N,K/32*34]*/, int64_t num_rows, int64_t num_cols, int8_t* codes,
+                 uint16_t* scales);
 // out[t] = row row_ids[t] of w: the embedding lookup. row_ids in [0, N) (checked by the binding).
 void gather_rows(const MatrixView& w, const int64_t* row_ids /*[M]*/, int64_t num_ids, float* out /*[M,K]*/);
 

@@ -1,0 +1,42 @@
+"""Where the window stands, round by round."""
+
+import pytest
+
+from chainfed_engine.errors import ConfigError
+from chainfed_engine.schedule import Schedule
+
+
+def starts(schedule: Schedule) -> list[int]:
+    return [schedule.stage(round_id).window.start for round_id in range(schedule.rounds)]
+
+
+def test_the_continuous_window_climbs_by_one_layer_and_wraps_round() -> None:
+    schedule = Schedule("continuous", num_layers=6, window=2, start_layer=2, rounds=6)
+    assert starts(schedule) == [2, 3, 4, 2, 3, 4]
+    assert [schedule.stage(round_id).sweep for round_id in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5, 7])
+def test_the_last_round_of_a_continuous_run_stands_at_the_top(rounds: int) -> None:
+    schedule = Schedule("continuous", num_layers=6, window=2, start_layer=2, rounds=rounds)
+    assert schedule.is_top(schedule.stage(rounds - 1))
+    assert all(
+        later - earlier in (1, -2) for earlier, later in zip(starts(schedule), starts(schedule)[1:], strict=False)
+    )
+
+
+def test_train_and_freeze_gives_every_window_an_equal_share_once() -> None:
+    schedule = Schedule("train-and-freeze", num_layers=5, window=2, start_layer=0, rounds=9)
+    assert starts(schedule) == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_probe_rounds_come_first_and_train_no_layer() -> None:
+    schedule = Schedule("continuous", num_layers=4, window=1, start_layer=3, rounds=3, probe_rounds=2)
+    assert [schedule.stage(round_id).kind for round_id in range(3)] == ["probe", "probe", "window"]
+    assert schedule.stage(0).window.size == 0
+
+
+@pytest.mark.parametrize(("window", "start", "named"), [(5, 0, "window"), (0, 0, "window"), (2, 3, "start_layer")])
+def test_windows_that_do_not_fit_are_refused(window: int, start: int, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Schedule("continuous", num_layers=4, window=window, start_layer=start, rounds=1)
