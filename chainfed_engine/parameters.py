@@ -54,6 +54,10 @@ class Parameters:
             self._changed(key)
         return [self._tensors[key] for key in keys]
 
+    def tensors(self) -> list[nn.Parameter]:
+        """Every parameter, trained or not."""
+        return list(self._tensors.values())
+
     def keys(self, window: Window) -> list[str]:
         """Keys trained in a stage with this window."""
         layers = {

@@ -83,6 +83,7 @@ class StageTrainer:
     ) -> None:
         """Load every parameter the stage needs, open the site's cache, start a fresh optimizer."""
         self.end()
+        native.trim_heap()  # holes between the buffers of sequences of other lengths
         self.stage, window = stage, stage.window
         self.parameters.load(arrays)
         origin = window.start if stage.kind == "probe" else int((settings or {}).get("start_layer", window.start))

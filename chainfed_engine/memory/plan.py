@@ -20,7 +20,8 @@ F32 = 4
 MIB = 1 << 20
 STREAMED_FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)  # read each layer once for as many batches as this holds
 RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in the processor's caches
-SLACK_BYTES = 64 * MIB  # libraries at work (BLAS buffers, code paged in), allocator caches, Python objects of a run
+SLACK_BYTES = 72 * MIB  # libraries at work (BLAS buffers, code paged in), allocator caches, Python objects of a run
+HEAP_BYTES = 32 * MIB  # free memory that the allocator may hold at the top of its heap; holes add a quarter (measured)
 HEAD_WORKSPACE_BYTES = 16 * MIB
 
 
@@ -166,16 +167,13 @@ def _adapter_bytes(request: Request) -> int:
 
 
 def saved_floats(shape: ModelShape) -> int:
-    """Floats a token that one layer keeps for the backward pass (frozen linears keep none)."""
-    attention = shape.num_heads * shape.head_dim
-    if is_decoder(shape):
-        return (
-            4 * shape.hidden_size
-            + 4 * attention
-            + 4 * shape.num_kv_heads * shape.head_dim
-            + 3 * shape.intermediate_size
-        )
-    return 6 * shape.hidden_size + 4 * attention + shape.intermediate_size
+    """Floats a token that one layer keeps for the backward pass (frozen linears keep none): the inputs of its two norms,
+    queries, keys, values and their result, the activation's inputs; a normed query and key (Qwen3) once more."""
+    attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    if not is_decoder(shape):
+        return 2 * shape.hidden_size + 4 * attention + shape.intermediate_size
+    normed = attention + keys if shape.architecture == "qwen3" else 0
+    return 2 * shape.hidden_size + 2 * attention + 2 * keys + 3 * shape.intermediate_size + normed
 
 
 def live_floats(shape: ModelShape) -> int:
@@ -193,9 +191,12 @@ def _step_bytes(request: Request, choices: Choices) -> int:
     shape, config = request.shape, request.config
     tokens = choices.micro_batch * config.sequence_length
     layers = _window_layers(config, shape.num_layers)
-    kept = (shape.hidden_size if choices.recompute else saved_floats(shape)) * layers
+    adapters = layers * (shape.hidden_size + 2 * config.adapter_size)
+    # The boundary needs no gradient, so the window's first layer keeps nothing.
+    kept = adapters + max(0, layers - 1) * (shape.hidden_size if choices.recompute else saved_floats(shape))
     live = 2 * live_floats(shape) if layers else 0
     total = F32 * tokens * (shape.hidden_size + kept + live)
+    total += HEAP_BYTES + total // 4 if layers else 0
     if request.task == "causal-lm":
         branches = 2 if config.auxiliary_weight and layers < shape.num_layers else 1
         total += F32 * tokens * shape.hidden_size * (4 + 4 * branches) + HEAD_WORKSPACE_BYTES

@@ -1,0 +1,95 @@
+"""The planner's counts against what the window really keeps, and its choices under a budget."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.errors import MemoryBudgetExceeded
+from chainfed_engine.memory.plan import Choices, Request, StoreSizes, make_plan, predict, saved_floats
+from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.store import LayerStore
+from chainfed_engine.model.synth import synth
+from chainfed_engine.step import StageTrainer
+from chainfed_engine.types import Batch, ModelShape, Stage, Window
+
+MIB = 1 << 20
+SHAPE = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072)
+SIZES = StoreSizes(32 * 136 * MIB, 16 * 34 * MIB, 530 * MIB, 136 * MIB, 32, 16)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"), [("bert", 6), ("roberta", 6), ("distilbert", 6), ("llama", 6), ("llama", 2), ("qwen3", 2)]
+)
+def test_the_window_keeps_exactly_the_floats_that_are_counted(model_type: str, keys: int, tmp_path: Path) -> None:
+    names = ("dim", "hidden_dim", "n_layers", "n_heads")
+    if model_type != "distilbert":
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = {"model_type": model_type, "vocab_size": 300, **dict(zip(names, (384, 640, 3, 6), strict=True))}
+    config["max_position_embeddings"] = 128
+    if model_type in ("llama", "qwen3"):
+        config |= {"num_key_value_heads": keys, "head_dim": 64, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = FrozenModel(LayerStore.open(synth(str(tmp_path / "config.json"), tmp_path / "store")))
+    width, tokens = 32, 4 * 32
+    trainer = StageTrainer(model, ChainConfig(stand_in=False, adapter_size=width), task="classification", num_labels=2)
+    ids = torch.randint(5, 250, (4, 32), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.ones_like(ids), torch.arange(4) % 2, list("abcd"))
+    stage = Stage("window", Window(1, 3), 0)
+    trainer.begin(
+        stage, trainer.parameters.export(), cache_dir=tmp_path / "cache", lr=1e-3, settings={"start_layer": 1}
+    )
+    boundary, context = trainer.boundary(batch), model.context(batch)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.numel() >= tokens * width:  # not weights, masks, statistics of norms or rotary angles
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    assert trainer.window is not None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = trainer.window(boundary, context)
+    parameters = {p.untyped_storage().data_ptr() for p in trainer.parameters.tensors()}
+    floats = sum(size for address, size in kept.items() if address not in parameters) / 4 / tokens
+    assert floats == saved_floats(model.shape) + 2 * (384 + 2 * width)
+    del output
+    trainer.end()
+    model.store.close()
+
+
+def request(budget: int | None, **options: object) -> Request:
+    config = ChainConfig(budget=budget, batch_size=4, sequence_length=128, **options)  # type: ignore[arg-type]
+    return Request(SHAPE, SIZES, config, "causal-lm", interpreter_bytes=340 * MIB)
+
+
+def test_without_a_budget_everything_stays_resident() -> None:
+    plan = make_plan(request(None))
+    assert plan.choices == Choices(None, 4, False, "int8", 4 * MIB)
+
+
+def test_a_budget_below_the_model_streams_it_and_the_prediction_keeps_to_it() -> None:
+    plan = make_plan(request(2048 * MIB))
+    assert plan.choices.num_slots is not None
+    assert plan.predicted_peak_bytes <= 2048 * MIB
+    assert sum(plan.parts.values()) == plan.predicted_peak_bytes
+
+
+def test_what_the_user_fixed_is_never_changed_and_the_refusal_names_a_budget_that_does() -> None:
+    with pytest.raises(MemoryBudgetExceeded, match="smallest that would do is") as refusal:
+        make_plan(request(400 * MIB, window=8))
+    assert "[memory] budget" in str(refusal.value)
+
+
+def test_less_is_predicted_for_less() -> None:
+    wide = request(None)
+    full = predict(wide, Choices(None, 4, False, "int8", 4 * MIB)).predicted_peak_bytes
+    for leaner in (
+        Choices(3, 4, False, "int8", 4 * MIB),
+        Choices(None, 1, False, "int8", 4 * MIB),
+        Choices(None, 4, True, "int8", 4 * MIB),
+    ):
+        assert predict(wide, leaner).predicted_peak_bytes < full
