@@ -127,6 +127,7 @@ class _Run:
         reply = self._evaluator.handle(server.evaluation_task(self._evaluator.name))
         if reply.error is not None:
             raise ChainfedError(f"evaluation after round {self._last_round}: {reply.error}")
+        self._emit({"event": "memory", "round": self._last_round, **self._measure_memory()})
         self._evaluated = evaluation_event(self._last_round, reply.metrics)
         self._emit(self._evaluated)
 
