@@ -1,9 +1,10 @@
 """Where the window stands in each round: pure functions of the round number, so that a resumed run agrees.
 
 *continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
-refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the rounds, once, bottom to top.
-Either may be preceded by `probe_rounds` rounds that train the classifier alone on the untrained model's features.
-Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
+refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the
+rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds that train the classifier alone on the
+untrained model's features. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters,
+stride one).
 """
 
 from dataclasses import dataclass

@@ -167,8 +167,8 @@ def _adapter_bytes(request: Request) -> int:
 
 
 def saved_floats(shape: ModelShape) -> int:
-    """Floats a token that one layer keeps for the backward pass (frozen linears keep none): the inputs of its two norms,
-    queries, keys, values and their result, the activation's inputs; a normed query and key (Qwen3) once more."""
+    """Floats a token that one layer keeps for the backward pass (frozen linears keep none): the inputs of its two
+    norms, queries, keys, values and their result, the activation's inputs; a normed query and key (Qwen3) once more."""
     attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     if not is_decoder(shape):
         return 2 * shape.hidden_size + 4 * attention + shape.intermediate_size
