@@ -19,7 +19,7 @@ from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 FORMAT = "chainfed-server-state"
 VERSION = 1
 # What may change between a kill and the resume, because no bit of the result depends on it.
-_FREE_FIELDS = {"budget", "eval_every"}
+_FREE_FIELDS = {"budget", "eval_every", "rounds"}  # rounds have a rule of their own, see `_require_rounds`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,11 @@ class Progress:
 def identity(
     config: ChainConfig, shape: ModelShape, task: TaskKind, client_samples: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What must be equal for a run to be continued. More `rounds` continue a schedule that does not share them out."""
-    free = _FREE_FIELDS | ({"rounds"} if config.method != "chain" or config.schedule == "continuous" else set())
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    return {"config": fields, "model": dataclasses.asdict(shape), "task": task, "client_samples": dict(client_samples)}
+    """What must be equal for a run to be continued; JSON-able."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
+    samples = dict(client_samples)
+    model = dataclasses.asdict(shape)
+    return {"config": fields, "rounds": config.rounds, "model": model, "task": task, "client_samples": samples}
 
 
 def to_record(run: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
     _require(
         progress["start_layer"] is None or _is_count(progress["start_layer"]), "start_layer", progress["start_layer"]
     )
+    _require_rounds(record["run"]["rounds"], run, progress["start_layer"])
     rejections = progress["rejections"]
     _require(
         isinstance(rejections, list) and all(isinstance(text, str) for text in rejections), "rejections", rejections
@@ -92,6 +94,20 @@ def require_arrays(arrays: Arrays, like: Arrays, *, depths: range, hidden_size: 
     if reason is not None:
         raise CorruptFile(f"saved state: {reason}; start a new run")
     return stand_in_keys
+
+
+def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int | None) -> None:
+    """Rounds may be added where the rounds that were run stay those of the longer schedule: a continuous chain ends at
+    the top, so it goes on by whole sweeps; train-and-freeze shares all rounds out."""
+    config, rounds = run["config"], run["rounds"]
+    if rounds == saved_rounds or config["method"] != "chain":
+        return
+    change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
+    if config["schedule"] != "continuous":
+        raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
+    sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
+    if start_layer is not None and (rounds - saved_rounds) % sweep:
+        raise ConfigError(f"{change}; this chain goes on by whole sweeps of {sweep} rounds, to {saved_rounds + sweep}")
 
 
 def _require_same_run(saved: Any, run: Mapping[str, Any]) -> None:

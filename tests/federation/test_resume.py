@@ -14,7 +14,7 @@ import pytest
 
 from chainfed_engine.errors import ConfigError, CorruptFile, InvalidArgument
 from chainfed_engine.federation import read_adapters
-from tests.federation.fake_site import config, run
+from tests.federation.fake_site import SHAPE, config, run
 
 
 def _start(path: Path, *, resume: bool = False, kill_at: int = -1, event_seconds: float = 0) -> BaseProcess:
@@ -98,10 +98,12 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert second.evaluation == first.evaluation and second.rounds == first.rounds
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more_rounds(tmp_path: Path) -> None:
-    run(tmp_path / "more", config())
-    run(tmp_path / "more", config(rounds=17), resume=True)
-    run(tmp_path / "at-once", config(rounds=17))
+def test_a_finished_run_goes_on_when_it_is_given_another_sweep(tmp_path: Path) -> None:
+    start_layer = run(tmp_path / "more", config()).start_layer
+    assert start_layer is not None
+    rounds = 12 + SHAPE.num_layers - config().window - start_layer + 1
+    run(tmp_path / "more", config(rounds=rounds), resume=True)
+    run(tmp_path / "at-once", config(rounds=rounds))
     more, _ = read_adapters(tmp_path / "more")
     at_once, _ = read_adapters(tmp_path / "at-once")
     assert all(more[key].tobytes() == at_once[key].tobytes() for key in at_once)

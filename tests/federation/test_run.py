@@ -57,7 +57,7 @@ def test_an_evaluation_that_falls_on_the_last_round_is_made_once(tmp_path: Path)
 
 def test_a_run_without_training_is_only_evaluated(tmp_path: Path) -> None:
     run(tmp_path / "run", config(method="none"))
-    assert [event["event"] for event in _events(tmp_path / "run")] == ["eval"]
+    assert [event["event"] for event in _events(tmp_path / "run")] == ["memory", "eval"]
 
 
 @pytest.mark.parametrize("method", ["linear-probe", "top-window", "full-adapters"])

@@ -69,8 +69,12 @@ def test_other_clients_or_another_model_are_refused() -> None:
         make_server(num_layers=5).restore(*saved)
 
 
-def test_more_rounds_continue_a_continuous_chain_but_not_a_shared_out_one() -> None:
-    make_server(rounds=9, budget=2**30, eval_every=2).restore(*_saved(make_server(rounds=6)))
+def test_whole_sweeps_continue_a_continuous_chain_and_nothing_a_shared_out_one() -> None:
+    state = _saved(make_server(rounds=6))
+    sweep = 1 + len(range(2, make_server().shape.num_layers))  # of a window of 2 from layer 0
+    make_server(rounds=6 + sweep, budget=2**30, eval_every=2).restore(*state)
+    with pytest.raises(ConfigError, match=f"whole sweeps of {sweep} rounds, to {6 + sweep}"):
+        make_server(rounds=7 + sweep).restore(*state)
     with pytest.raises(ConfigError, match="rounds"):
         make_server(rounds=9, schedule="train-and-freeze").restore(*_saved(make_server(schedule="train-and-freeze")))
 
