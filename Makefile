@@ -1,4 +1,4 @@
-# make demo | test | lint | build | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# make demo | test | lint | build | sanitize | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
 # The package is installed in editable mode and the native module is built into the source tree, so that there is one
 # copy of everything and neither tests nor demo can run a stale one.
 PYTHON ?= python3
@@ -12,14 +12,16 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint clean
+.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread wheel clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo   convert a real model, fine-tune it under a byte budget, evaluate'
-	@echo 'make test   linters, C++ tests, Python tests'
+	@echo 'make test   linters, C++ tests (plain and with address and undefined-behaviour sanitizers), Python tests'
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
+	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
+	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
 	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
 
 # Each stamp is a step that is not repeated while what it depends on stands.
@@ -65,10 +67,35 @@ lint: venv
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build
+test: lint build sanitize-address
 	ctest --test-dir build --output-on-failure
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --timeout 300
+
+# The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address: venv
+	$(call run_preset,asan)
+
+sanitize-thread: venv
+	$(call run_preset,tsan)
+
+define run_preset
+	@mkdir -p build
+	@cmake --preset $(1) >build/$(1).log || { cat build/$(1).log; exit 1; }
+	@cmake --build --preset $(1) --parallel $(JOBS)
+	ctest --preset $(1)
+endef
+
+# pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
+wheel: venv
+	rm -rf dist build/wheel-venv build/lib* build/temp* build/bdist*
+	$(PIP) wheel --quiet . --no-deps --wheel-dir dist
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel-venv/bin/chainfed doctor
+	@ls -l dist
 
 clean:
-	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find chainfed_engine/native -name '_native*.so' -delete

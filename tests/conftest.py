@@ -1,10 +1,15 @@
 """Tiny random checkpoints of every family, saved by transformers and converted to layer stores."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# As the program does, before torch is imported: OpenMP threads that spin after their work keep the core's threads off
+# the processors, which on two of them takes four times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
