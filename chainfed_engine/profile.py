@@ -22,9 +22,16 @@ MAX_CKA_TOKENS = 2048  # scores move by less than 0.01 beyond; bounds the kept c
 
 @torch.no_grad()
 def profile(
-    prefix: Prefix, batches: Sequence[Batch], readout: Readout, *, depths: Collection[int], normalise: bool
+    prefix: Prefix,
+    batches: Sequence[Batch],
+    readout: Readout,
+    *,
+    depths: Collection[int],
+    normalise: bool,
+    max_rows: int | None = None,
 ) -> Arrays:
-    """Arrays: `cka` float64 [num_layers]; for each depth in `depths` (0 < depth < num_layers) the stand-in factor."""
+    """Arrays: `cka` float64 [num_layers]; for each depth in `depths` (0 < depth < num_layers) the stand-in factor, of
+    at most `max_rows` rows, spread evenly (None: all)."""
     model = prefix.model
     hidden = [model.embed(batch) for batch in batches]
     contexts = [model.context(batch) for batch in batches]
@@ -36,10 +43,10 @@ def profile(
             hidden[index] = prefix.run_layer(layer, hidden[index], context)
         scores[layer] = linear_cka(_tokens(hidden, batches), initial)
         if layer + 1 in depths:
-            rows[layer + 1] = _features(hidden, batches, readout, normalise)
+            rows[layer + 1] = _features(hidden, batches, readout, normalise, max_rows)
     arrays: Arrays = {"cka": scores}
     if rows:
-        final = _features(hidden, batches, readout, normalise).numpy()
+        final = _features(hidden, batches, readout, normalise, max_rows).numpy()
         for depth, features in rows.items():
             arrays.update(stand_in.statistics(depth, features.numpy(), final))
     return arrays
@@ -57,7 +64,11 @@ def _tokens(hidden: Sequence[Tensor], batches: Sequence[Batch]) -> np.ndarray:
     return torch.cat(kept).numpy()
 
 
-def _features(hidden: Sequence[Tensor], batches: Sequence[Batch], readout: Readout, normalise: bool) -> Tensor:
+def _features(
+    hidden: Sequence[Tensor], batches: Sequence[Batch], readout: Readout, normalise: bool, max_rows: int | None
+) -> Tensor:
     pairs = zip(hidden, batches, strict=True)
-    rows = torch.cat([readout.reduce(readout.select(state, batch), batch) for state, batch in pairs])
+    rows = torch.cat([readout.stand_in_rows(state, batch) for state, batch in pairs])
+    if max_rows is not None and len(rows) > max_rows:
+        rows = rows[torch.arange(max_rows) * len(rows) // max_rows]
     return unit_rows(rows) if normalise else rows

@@ -146,10 +146,15 @@ class StageTrainer:
             self._supply.close()
             self._supply = None
 
-    def profile(self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = ()) -> Arrays:
-        """CKA score of every layer and stand-in statistics for `depths`, under the parameters in `arrays`."""
+    def profile(
+        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+    ) -> Arrays:
+        """CKA score of every layer and stand-in statistics for `depths`, under the parameters in `arrays`; at most
+        `max_rows` rows, spread evenly (None: all)."""
         self.parameters.load(arrays)
-        statistics = profile(self.prefix, batches, self.readout, depths=depths, normalise=self.normalise)
+        statistics = profile(
+            self.prefix, batches, self.readout, depths=depths, normalise=self.normalise, max_rows=max_rows
+        )
         native.trim_heap()
         return statistics
 

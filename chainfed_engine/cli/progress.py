@@ -47,12 +47,12 @@ class RunProgress:
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         kind = str(event.get("event"))
-        self._last[kind] = event
+        before, self._last[kind] = self._last.get(kind, {}), event
         if kind == "phase":
             self._begin(str(event["name"]), None)
         elif kind == "resume":
             self._line(f"resumed after round {int(event['round']) + 1}")
-        elif kind == "profile" and event.get("start_layer") is not None:
+        elif kind == "profile" and event.get("start_layer") not in (None, before.get("start_layer")):
             self._line(f"start layer {event['start_layer']}")
         elif kind == "round":
             self._round(event)

@@ -112,7 +112,8 @@ class Client:
         some = list(islice(self._batches(task, seed=_integer(task, "seed")), _integer(task, "num_batches")))
         depths = range(_integer(task, "depth_start"), _integer(task, "depth_stop"))
         started = time.perf_counter()
-        statistics = self._trainer.profile(some, parameters, depths=depths)
+        max_rows = _integer(task, "max_rows")
+        statistics = self._trainer.profile(some, parameters, depths=depths, max_rows=max_rows)
         return statistics, {"profile_seconds": time.perf_counter() - started}
 
     def _evaluate(self, task: Task, parameters: Arrays) -> dict[str, float]:

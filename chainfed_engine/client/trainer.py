@@ -33,8 +33,10 @@ class Trainer(Protocol):
     def end(self) -> None:
         """Close what `begin` opened; harmless when nothing is open."""
 
-    def profile(self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = ()) -> Arrays:
-        """`cka` float64 [num_layers] and the stand-in statistics at `depths`."""
+    def profile(
+        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+    ) -> Arrays:
+        """`cka` float64 [num_layers] and the stand-in statistics at `depths`, of at most `max_rows` rows."""
 
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         """`accuracy` or `token_loss`, and `num_samples`."""

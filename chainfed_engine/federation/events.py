@@ -22,7 +22,8 @@ def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float
     totals = {name: value for name, value in summary.totals.items() if not name.endswith(_SECONDS)}
     parts = {name.removesuffix(_SECONDS): s for name, s in summary.totals.items() if name.endswith(_SECONDS)}
     if summary.kind == "profile":
-        event: Event = {"event": "profile", "round": -1, "attempt": summary.index, "cka": list(summary.scores)}
+        scores = list(summary.scores)
+        event: Event = {"event": "profile", "round": summary.follows_round, "attempt": summary.index, "cka": scores}
     else:
         event = {"event": "round", "round": summary.index, "rounds": rounds, "loss": summary.loss}
     if summary.stage is not None:

@@ -25,6 +25,7 @@ ADAPTERS_FORMAT = "chainfed-adapters"
 Event = dict[str, Any]
 _STATE_NAME = re.compile(r"state-(\d{8})\.safetensors")
 _STAND_IN_PREFIX = "stand_in."
+_STAND_IN_NAME = re.compile(r"stand_in-\d{4}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class RunDirectory:
         self._state_path = self.path / "state"
         self._metrics_path = self.path / "metrics.jsonl"
         self._number = 0  # of the last saved state
-        self._stand_ins: Arrays = {}
-        self._stand_in_digest: str | None = None
+        self._stand_in_digests: dict[str, str] = {}  # file in state/ -> sha256 of what it holds
         self._config_text = config_text
         check_free(self.path, resume=resume)
         with storage_errors(self.path, "create"):
@@ -112,18 +112,22 @@ class RunDirectory:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save(self, state: tuple[Mapping[str, np.ndarray], Mapping[str, Any]]) -> None:
-        """Make `Server.state()` the one to resume from. The stand-ins never change once fitted and are written once."""
+        """Make `Server.state()` the one to resume from. A stand-in never changes once fitted and is written once."""
         arrays, record = state
         with storage_errors(self._metrics_path, "write"):
             os.fsync(self._metrics.fileno())
-        stand_ins = {key: array for key, array in arrays.items() if key.startswith(_STAND_IN_PREFIX)}
-        trained = {key: array for key, array in arrays.items() if key not in stand_ins}
-        if stand_ins and not _same_arrays(stand_ins, self._stand_ins):
-            self._stand_in_digest = write_arrays(self._state_path / "stand_in.safetensors", stand_ins, {})
-            self._stand_ins = stand_ins
+        trained: Arrays = {}
+        stand_ins: dict[str, Arrays] = {}
+        for key, array in arrays.items():
+            if key.startswith(_STAND_IN_PREFIX):
+                stand_ins.setdefault(f"stand_in-{int(key.split('.')[1]):04d}.safetensors", {})[key] = array
+            else:
+                trained[key] = array
+        for name in stand_ins.keys() - self._stand_in_digests.keys():
+            self._stand_in_digests[name] = write_arrays(self._state_path / name, stand_ins[name], {})
         number = self._number + 1
-        digest = self._stand_in_digest if stand_ins else None
-        write_arrays(self._state_file(number), trained, {"server": record, "stand_in_sha256": digest})
+        digests = {name: self._stand_in_digests[name] for name in sorted(stand_ins)}
+        write_arrays(self._state_file(number), trained, {"server": record, "stand_in_sha256": digests})
         self._number = number
         for other in self._state_numbers():
             if other not in (number, number - 1):
@@ -148,16 +152,19 @@ class RunDirectory:
             raise CorruptFile(f"{self._state_path}: no state is whole; start a new run ({'; '.join(skipped)})")
         return None
 
-    def _load_stand_ins(self, digest: object) -> Arrays:
-        if digest is None:
-            return {}
-        path = self._state_path / "stand_in.safetensors"
-        if not path.is_file():
-            raise CorruptFile(f"{path}: missing, but the state needs it")
-        stand_ins, _, found = read_arrays(path)
-        if found != digest:
-            raise CorruptFile(f"{path}: belongs to another state")
-        self._stand_ins, self._stand_in_digest = stand_ins, found
+    def _load_stand_ins(self, digests: object) -> Arrays:
+        if not isinstance(digests, dict) or not all(_STAND_IN_NAME.fullmatch(str(name)) for name in digests):
+            raise CorruptFile(f"{self._state_path}: a state that names no stand-ins")
+        stand_ins: Arrays = {}
+        for name, digest in digests.items():
+            path = self._state_path / name
+            if not path.is_file():
+                raise CorruptFile(f"{path}: missing, but the state needs it")
+            arrays, _, found = read_arrays(path)
+            if found != digest:
+                raise CorruptFile(f"{path}: belongs to another state")
+            stand_ins |= arrays
+        self._stand_in_digests = dict(digests)
         return stand_ins
 
     def _state_file(self, number: int) -> Path:
@@ -203,10 +210,6 @@ def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
     if any(array.dtype != np.float32 for array in arrays.values()):
         raise CorruptFile(f"{file}: expected float32 arrays only")
     return arrays, record
-
-
-def _same_arrays(a: Arrays, b: Arrays) -> bool:
-    return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
 
 
 def _parse_event(line: bytes) -> Event | None:

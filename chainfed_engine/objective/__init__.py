@@ -24,10 +24,12 @@ RowMap = Callable[[Tensor], Tensor]
 
 
 class Readout(Protocol):
-    """From hidden states to the task's loss. `select` keeps the tokens that matter, `reduce` makes one row a target."""
+    """From hidden states to the task's loss. `select` keeps the tokens that matter, `reduce` makes one row a target;
+    `stand_in_rows`: what a stand-in is fitted on, rows [n, D]."""
 
     def select(self, hidden: Tensor, batch: Batch) -> Tensor: ...
     def reduce(self, tokens: Tensor, batch: Batch) -> Tensor: ...
+    def stand_in_rows(self, hidden: Tensor, batch: Batch) -> Tensor: ...
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor: ...
 
 
@@ -75,6 +77,9 @@ class ClassificationReadout:
     def reduce(self, tokens: Tensor, batch: Batch) -> Tensor:
         return self.pool(tokens, batch.attention_mask) if self.pooling == "mean" else tokens
 
+    def stand_in_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self.reduce(self.select(hidden, batch), batch)
+
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier(self.final_norm(features))
 
@@ -103,6 +108,10 @@ class CausalReadout:
 
     def reduce(self, tokens: Tensor, batch: Batch) -> Tensor:
         return tokens
+
+    def stand_in_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Every token, labelled or not: a row of either kind is worth the same to the fit, and there are more."""
+        return hidden[batch.attention_mask.bool()]
 
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
         targets = self.targets(batch)

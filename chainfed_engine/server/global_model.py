@@ -79,4 +79,12 @@ class GlobalModel:
         self._trained.replace(arrays)
 
     def set_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Exactly these, as after a restore."""
         self._stand_ins = Parameters(arrays)
+
+    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._stand_ins.replace(arrays)
+
+    def stand_in_depths(self) -> set[int]:
+        """Depths whose stand-in is fitted."""
+        return {int(key.split(".")[1]) for key in self._stand_ins.sorted_keys()}

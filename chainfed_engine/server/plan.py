@@ -4,6 +4,7 @@ The methods beside `chain` are the baselines that need no other machinery: no tr
 window fixed at the top, all adapters at once.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from chainfed_engine.config import ChainConfig
@@ -38,11 +39,6 @@ class Plan:
     def rounds(self) -> int:
         return 0 if self.config.method == "none" else self.config.rounds
 
-    @property
-    def needs_profile(self) -> bool:
-        """Whether clients must be asked for statistics first: the start layer or the stand-ins depend on them."""
-        return self.config.method == "chain" and (self.config.start_layer is None or bool(self.stand_in_depths(None)))
-
     def fixed_start_layer(self) -> int | None:
         """Lowest boundary the run trains from; None while it has yet to be chosen from profiles."""
         return {
@@ -60,15 +56,21 @@ class Plan:
             case _:
                 return Stage("probe", Window(self.num_layers, self.num_layers), 0)
 
-    def stand_in_depths(self, start_layer: int | None) -> range:
-        """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded.
-
-        `start_layer` None: not chosen yet, so every depth it could ask for.
-        """
+    def stand_in_depths(self, start_layer: int) -> range:
+        """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
         if self.config.method != "chain" or not self.config.stand_in:
             return range(0)
-        first = self.config.start_layer if start_layer is None else start_layer
-        return range((first or 0) + self.config.window, self.num_layers)
+        return range(start_layer + self.config.window, self.num_layers)
+
+    def missing_depths(self, round_id: int, start_layer: int, fitted: Collection[int], *, at_most: int) -> range:
+        """Depths to fit stand-ins for before this round: that of its window, and of windows to come; empty if it is
+        fitted or not needed."""
+        depths = self.stand_in_depths(start_layer)
+        stop = self.stage(round_id, start_layer).window.stop
+        if stop not in depths or stop in fitted:
+            return range(0)
+        end = next((depth for depth in range(stop, depths.stop) if depth in fitted), depths.stop)
+        return range(stop, min(end, stop + at_most))
 
     def trained_layers(self) -> range:
         """Every layer that may be trained in some round: `initial` must hold its adapter."""

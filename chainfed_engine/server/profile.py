@@ -1,9 +1,9 @@
-"""What clients measured on the untrained model becomes the start layer and the stand-ins.
+"""What clients measured on the model as it stands becomes the start layer and the stand-ins.
 
 In: profile replies one by one; out: start layer, stand-in arrays. Statistics are large (for every depth up to
-2D + 1 rows of 2D + 1 numbers), so replies are merged as they come: as soon as every client before it in name order
-has been dealt with. That order, not the order of arrival, fixes the sums. Source: ChainFed, section on
-Function-Oriented Adaptive Tuning, for the scores.
+2D + 1 rows of 2D + 1 numbers), so they are asked for a few depths at a time, and replies are merged as they come: as
+soon as every client before it in name order has been dealt with. That order, not the order of arrival, fixes the sums.
+Source: ChainFed, section on Function-Oriented Adaptive Tuning, for the scores.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,18 @@ from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
 
 SCORES_KEY = "cka"  # float64 [num_layers]
+_GROUP_BYTES = 32 << 20  # float32 statistics of one exchange
+_ROW_BYTES = 64 << 20  # float32 rows of all clients together, for one depth
+
+
+def depths_at_once(hidden_size: int) -> int:
+    """How many depths' statistics one exchange may carry: 6 for D = 576, one for D = 4096."""
+    return int(max(1, _GROUP_BYTES // (4 * (2 * hidden_size + 1) ** 2)))
+
+
+def rows_in_all(hidden_size: int) -> int:
+    """How many rows all clients together may give for one depth: 14551 for D = 576, 2047 for D = 4096."""
+    return _ROW_BYTES // (4 * (2 * hidden_size + 1))
 
 
 class ProfileCollector:
@@ -61,13 +73,11 @@ class ProfileCollector:
     def start_layer(self, config: ChainConfig) -> int:
         return choose_start_layer(self.scores, threshold=config.threshold, window=config.window)
 
-    def stand_ins(self, depths: range, *, ridge: float | None) -> Arrays:
-        """The solved maps at `depths`; statistics of other depths, and then all, are dropped."""
+    def stand_ins(self, *, ridge: float | None) -> Arrays:
+        """The solved maps at the depths asked for; their statistics are dropped."""
         solved: Arrays = {}
-        for depth in depths:
-            key = stand_in_key(depth, "factor")
+        for key in self._factor_keys:
             solved.update(stand_in.solve({key: self._factors.pop(key)}, ridge=ridge))
-        self._factors.clear()
         return solved
 
     def _refuse(self, reply: Reply) -> str | None:

@@ -6,7 +6,7 @@ seed, method, clients, model) is refused instead of being continued into somethi
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,15 @@ _FREE_FIELDS = {"budget", "eval_every", "rounds"}  # rounds have a rule of their
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run got. `rejections`: one line of reasons for each exchange rejected in a row up to now."""
+    """How far a run got. `stand_in_depths`: where stand-ins are fitted.
+
+    `rejections`: one line of reasons for each exchange rejected in a row up to now.
+    """
 
     round_id: int
     profile_attempts: int
-    profile_pending: bool
     start_layer: int | None
+    stand_in_depths: tuple[int, ...]
     rejections: tuple[str, ...]
     only_non_finite: bool
 
@@ -62,8 +65,7 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
         raise CorruptFile(f"saved state: expected progress with {sorted(names)}, got {progress!r:.200}")
     for name in ("round_id", "profile_attempts"):
         _require(_is_count(progress[name]), name, progress[name])
-    for name in ("profile_pending", "only_non_finite"):
-        _require(isinstance(progress[name], bool), name, progress[name])
+    _require(isinstance(progress["only_non_finite"], bool), "only_non_finite", progress["only_non_finite"])
     _require(
         progress["start_layer"] is None or _is_count(progress["start_layer"]), "start_layer", progress["start_layer"]
     )
@@ -72,10 +74,12 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
     _require(
         isinstance(rejections, list) and all(isinstance(text, str) for text in rejections), "rejections", rejections
     )
-    return Progress(**{**progress, "rejections": tuple(rejections)})
+    depths = progress["stand_in_depths"]
+    _require(isinstance(depths, list) and all(map(_is_count, depths)), "stand_in_depths", depths)
+    return Progress(**{**progress, "rejections": tuple(rejections), "stand_in_depths": tuple(depths)})
 
 
-def require_arrays(arrays: Arrays, like: Arrays, *, depths: range, hidden_size: int) -> list[str]:
+def require_arrays(arrays: Arrays, like: Arrays, *, depths: Collection[int], hidden_size: int) -> list[str]:
     """The saved parameters must be those of `like`, all else stand-ins of exactly `depths`, whose keys are returned.
 
     A stand-in is `bias` [D] with `weight` [D, D], or with `in_weight` [r, D] and `out_weight` [D, r]; float32.

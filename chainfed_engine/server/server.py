@@ -1,4 +1,4 @@
-"""The server's state machine: profile (where the method needs it), then rounds, then done. No I/O, no clock, no torch.
+"""The server's state machine: rounds, a profile before those that need one, then done. No I/O, no clock, no torch.
 
 `next_tasks()` says what clients are to do, `receive(replies)` checks, aggregates and advances; nothing happens in
 between that would have to be saved. Equal configuration, initial parameters and replies give equal bits, in
@@ -18,7 +18,7 @@ from chainfed_engine.server.checks import one_line
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.plan import Plan
-from chainfed_engine.server.profile import ProfileCollector
+from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.summary import Summary
 from chainfed_engine.server.updates import UpdateCollector, only_non_finite, summarize_reasons
@@ -58,7 +58,6 @@ class Server:
             uses_later_adapters=config.auxiliary_weight > 0,
         )
         self._holdings = Holdings()
-        self._profile_pending = self._plan.needs_profile
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
         self._round_id = 0
@@ -70,7 +69,7 @@ class Server:
 
     @property
     def done(self) -> bool:
-        return not self._profile_pending and self._round_id >= self._plan.rounds
+        return self._round_id >= self._plan.rounds
 
     @property
     def rounds(self) -> int:
@@ -117,7 +116,7 @@ class Server:
 
     def _profile_tasks(self) -> list[Task]:
         attempt = self._profile_attempts
-        depths = self._plan.stand_in_depths(None)
+        depths = self._missing_depths()
         cohort = self._cohort(self.config.profile_clients, PROFILE_STREAM, attempt)
         needed, versions = self._model.needed(None, 0)
         tasks = []
@@ -127,6 +126,7 @@ class Server:
                 "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
                 "depth_start": depths.start,
                 "depth_stop": depths.stop,
+                "max_rows": -(-rows_in_all(self.shape.hidden_size) // len(cohort)),
                 "seed": self._seed(PROFILE_STREAM, attempt, name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -192,7 +192,7 @@ class Server:
 
     def _collector(self, pending: dict[str, Task]) -> ProfileCollector | UpdateCollector:
         if self._profile_pending:
-            depths = self._plan.stand_in_depths(None)
+            depths = self._missing_depths()
             return ProfileCollector(pending, shape=self.shape, depths=depths, samples=self.client_samples)
         return UpdateCollector(pending, trained=self._model.trained(self._stage()), samples=self.client_samples)
 
@@ -204,9 +204,7 @@ class Server:
         if accepted:
             if self._start_layer is None:
                 self._start_layer = collector.start_layer(self.config)
-            depths = self._plan.stand_in_depths(self._start_layer)
-            self._model.set_stand_ins(collector.stand_ins(depths, ridge=self.config.stand_in_ridge))
-            self._profile_pending = False
+            self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
         self._profile_attempts += 1
         return Summary(
             "profile",
@@ -218,6 +216,7 @@ class Server:
             bytes_up=bytes_up,
             start_layer=self._start_layer,
             scores=tuple(collector.scores.tolist()) if accepted else (),
+            follows_round=self._round_id - 1,
         )
 
     def _finish_round(
@@ -252,8 +251,8 @@ class Server:
         progress = saved.Progress(
             round_id=self._round_id,
             profile_attempts=self._profile_attempts,
-            profile_pending=self._profile_pending,
             start_layer=self._start_layer,
+            stand_in_depths=tuple(sorted(self._model.stand_in_depths())),
             rejections=tuple(self._rejections),
             only_non_finite=self._only_non_finite,
         )
@@ -264,8 +263,7 @@ class Server:
         many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
-        depths = range(0) if progress.profile_pending else self._plan.stand_in_depths(progress.start_layer)
-        own = self.parameters()
+        own, depths = self.parameters(), progress.stand_in_depths
         stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
         self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
@@ -273,13 +271,25 @@ class Server:
         self._pending = None
         self._round_id = progress.round_id
         self._profile_attempts = progress.profile_attempts
-        self._profile_pending = progress.profile_pending
         self._start_layer = progress.start_layer
         exhausted = len(progress.rejections) >= MAX_REJECTED_IN_A_ROW
         self._rejections = [] if exhausted else list(progress.rejections)
         self._only_non_finite = exhausted or progress.only_non_finite
 
     # -- small parts ---------------------------------------------------------------------------------------------
+
+    @property
+    def _profile_pending(self) -> bool:
+        """Whether clients must be asked for statistics before the next round."""
+        return not self.done and (self._start_layer is None or bool(self._missing_depths()))
+
+    def _missing_depths(self) -> range:
+        """Depths to fit stand-ins for before the next round, no more than one exchange carries."""
+        if self._start_layer is None:
+            return range(0)
+        at_most = depths_at_once(self.shape.hidden_size)
+        fitted = self._model.stand_in_depths()
+        return self._plan.missing_depths(self._round_id, self._start_layer, fitted, at_most=at_most)
 
     def _known_start_layer(self) -> int:
         assert self._start_layer is not None, "the start layer is chosen before the first round"
@@ -300,10 +310,17 @@ class Server:
     def _check_start_layer(self, progress: saved.Progress) -> None:
         fixed = self._plan.fixed_start_layer()
         found = progress.start_layer
-        if (found is None) != (fixed is None and progress.profile_pending) or fixed not in (None, found):
+        if found != fixed and (fixed is not None or found is None):
             raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
-        if found is not None:
+        if found is None:
+            possible = range(0)
+            if progress.round_id > 0:
+                raise CorruptFile("saved state: rounds without a start layer; start a new run")
+        else:
             self._plan.stage(0, found)  # raises where the layer is beyond the model
+            possible = self._plan.stand_in_depths(found)
+        if not set(progress.stand_in_depths) <= set(possible):
+            raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
 
     def _too_many_rejections(self) -> ChainfedError:
         kind = NonFiniteLoss if self._only_non_finite else InconsistentUpdates

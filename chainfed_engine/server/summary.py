@@ -11,8 +11,9 @@ from chainfed_engine.types import Stage
 class Summary:
     """`kind`: "profile" or "round"; `index`: attempt or round number, from 0; `accepted`: whether the state changed.
 
-    `loss`: mean of the counted clients' losses weighted by samples, None without one. `totals`: every other metric,
-    summed over the counted clients. `bytes_down`, `bytes_up`: bytes of arrays sent to clients and received from them.
+    `follows_round`: the round before it, -1 at the start (profile only). `loss`: mean of the counted clients' losses
+    weighted by samples, None without one. `totals`: every other metric, summed over the counted clients. `bytes_down`,
+    `bytes_up`: bytes of arrays sent to clients and received from them.
     """
 
     kind: Literal["profile", "round"]
@@ -27,3 +28,4 @@ class Summary:
     totals: Mapping[str, float] = field(default_factory=dict)
     start_layer: int | None = None
     scores: tuple[float, ...] = ()  # mean CKA by layer, profile only
+    follows_round: int = -1

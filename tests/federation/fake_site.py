@@ -64,7 +64,9 @@ class FakeTrainer:
     def end(self) -> None:
         pass
 
-    def profile(self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = ()) -> Arrays:
+    def profile(
+        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+    ) -> Arrays:
         statistics: Arrays = {"cka": np.linspace(0.95, 0.3, self.num_layers)}
         for depth in depths:
             x = np.random.default_rng(len(batches[0].sample_ids[0]) + depth).normal(size=(5, HIDDEN)).astype(np.float32)

@@ -163,7 +163,7 @@ def test_when_no_state_is_whole_the_error_names_the_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_stand_ins_that_are_damaged_or_gone_are_noticed(tmp_path: Path, damage: str) -> None:
     path = _stopped_run(tmp_path / "run")
-    file = path / "state" / "stand_in.safetensors"
+    file = sorted((path / "state").glob("stand_in-*.safetensors"))[0]
     file.unlink() if damage == "missing" else _damage(file, damage)
     with pytest.raises(CorruptFile, match="stand_in"):
         run(path, config(), resume=True)

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
+from chainfed_engine.federation.files import write_arrays
 from chainfed_engine.types import Arrays
 
 
@@ -75,14 +76,27 @@ def test_nothing_saved_is_nothing_loaded(tmp_path: Path) -> None:
 
 def test_stand_ins_are_written_once_and_loaded_with_every_state(tmp_path: Path) -> None:
     stand_ins = {"stand_in.2.weight": np.ones((3, 3), np.float32)}
-    file = tmp_path / "state" / "stand_in.safetensors"
+    later = {"stand_in.3.weight": np.zeros((3, 3), np.float32)}
+    file = tmp_path / "state" / "stand_in-0002.safetensors"
     with RunDirectory(tmp_path) as directory:
         directory.save(({**_arrays(0), **stand_ins}, {}))
         written = file.stat().st_mtime_ns, file.stat().st_ino
-        directory.save(({**_arrays(1), **stand_ins}, {}))
+        directory.save(({**_arrays(1), **stand_ins, **later}, {}))
         assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
         saved = directory.load()
-    assert saved is not None and saved.arrays.keys() == {"adapters.0.up_weight", "stand_in.2.weight"}
+    assert saved is not None and saved.arrays.keys() == {"adapters.0.up_weight", *stand_ins, *later}
+
+
+@pytest.mark.parametrize("name", ["../stand_in-0002.safetensors", "/etc/passwd", "stand_in-2.safetensors"])
+def test_a_state_names_no_file_but_its_own(tmp_path: Path, name: str) -> None:
+    with RunDirectory(tmp_path) as directory:
+        write_arrays(tmp_path / "state" / "state-00000001.safetensors", _arrays(0), _record(name))
+        with pytest.raises(CorruptFile, match="names no stand-ins"):
+            directory.load()
+
+
+def _record(name: str) -> dict[str, object]:
+    return {"server": {}, "stand_in_sha256": {name: "0" * 64}}
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

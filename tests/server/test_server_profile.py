@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from chainfed_engine import stand_in
 from chainfed_engine.errors import NonFiniteLoss
 from chainfed_engine.server import Server
+from chainfed_engine.server.profile import depths_at_once, rows_in_all
 from chainfed_engine.types import Arrays, Reply, Task
 from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
@@ -44,7 +46,7 @@ def test_the_chain_starts_at_the_first_layer_whose_mean_score_is_below_the_thres
 
 
 def test_a_fixed_start_layer_is_kept_and_profiled_only_for_the_stand_ins() -> None:
-    server = _server(start_layer=1, window=2)
+    server = _server(start_layer=1, window=2, rounds=8)
     tasks = server.next_tasks()
     assert (tasks[0].settings["depth_start"], tasks[0].settings["depth_stop"]) == (3, 6)
     assert server.receive([_answer(server, task) for task in tasks]).start_layer == 1
@@ -52,13 +54,66 @@ def test_a_fixed_start_layer_is_kept_and_profiled_only_for_the_stand_ins() -> No
 
 
 def test_few_clients_make_up_with_more_batches_each() -> None:
-    assert [task.settings["num_batches"] for task in _server(profile_clients=3).next_tasks()] == [6, 6, 6]
-    assert _server(profile_clients=3, stand_in=False).next_tasks()[0].settings["num_batches"] == 1
+    assert [task.settings["num_batches"] for task in _server(start_layer=2).next_tasks()] == [6, 6, 6]
+    assert _server().next_tasks()[0].settings["num_batches"] == 1
+
+
+def test_statistics_are_asked_for_a_few_depths_at_a_time_right_before_the_first_round_that_needs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chainfed_engine.server.server.depths_at_once", lambda hidden_size: 2)
+    server = _server(start_layer=0, window=1, rounds=12, samples={"a": 5}, profile_clients=1, clients_per_round=1)
+    steps: list[tuple[int, int] | int] = []
+    while not server.done:
+        (task,) = server.next_tasks()
+        if task.kind == "profile":
+            steps.append((int(task.settings["depth_start"]), int(task.settings["depth_stop"])))
+            server.receive([_answer(server, task)])
+        else:
+            assert task.stage is not None
+            steps.append(task.stage.window.stop)
+            trained = {k: a for k, a in server.parameters().items() if k.startswith(_trained(task))}
+            server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0})])
+    assert steps == [(1, 3), 1, 2, (3, 5), 3, 4, (5, 6), 5, 6, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_wide_model_gives_one_depth_and_few_rows_at_a_time() -> None:
+    assert (depths_at_once(384), depths_at_once(576), depths_at_once(4096)) == (14, 6, 1)
+    assert 4 * rows_in_all(4096) * (2 * 4096 + 1) <= 64 << 20
+    tasks = _server(start_layer=2).next_tasks()
+    assert sum(int(task.settings["max_rows"]) for task in tasks) >= rows_in_all(HIDDEN)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 5])
+def test_a_server_restored_between_profiles_asks_for_the_same_depths(
+    monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    monkeypatch.setattr("chainfed_engine.server.server.depths_at_once", lambda hidden_size: 2)
+    whole, first, second = (_server(window=1, rounds=8, threshold=0.8) for _ in range(3))
+    _advance(whole, 20)
+    _advance(first, killed_after)
+    arrays, record = first.state()
+    second.restore(arrays, json.loads(json.dumps(record)))
+    _advance(second, 20)
+    assert same_bits(whole.state()[0], second.state()[0]) and whole.done and second.done
+
+
+def _advance(server: Server, exchanges: int) -> None:
+    site = Site(server.client_samples)
+    for _ in range(exchanges):
+        if server.done:
+            return
+        replies = []
+        for task in server.next_tasks():
+            site.held[task.client].update(server.parameters() | server.state()[0])
+            replies.append(_answer(server, task) if task.kind == "profile" else site.answer(task))
+        server.receive(replies)
 
 
 def test_a_stage_gets_the_stand_in_of_its_own_depth_once_and_none_at_the_top() -> None:
     server = _server(threshold=0.8, window=2, samples={"a": 5}, clients_per_round=1, rounds=6)
-    server.receive(_profile(server))
+    server.receive(_profile(server))  # the start layer
+    server.receive(_profile(server))  # the stand-ins
     depths = []
     while not server.done:
         (task,) = server.next_tasks()
@@ -76,7 +131,7 @@ def _trained(task: Task) -> tuple[str, ...]:
 
 
 def test_the_stand_in_is_the_one_fitted_on_all_clients_together() -> None:
-    server = _server()
+    server = _server(start_layer=2)
     replies = _profile(server)
     server.receive(replies)
     arrays, _ = server.state()
@@ -89,7 +144,7 @@ def test_the_stand_in_is_the_one_fitted_on_all_clients_together() -> None:
 def test_the_result_does_not_depend_on_who_answers_first() -> None:
     results = []
     for order in itertools.permutations(range(3)):
-        server = _server()
+        server = _server(start_layer=2)
         replies = _profile(server)
         server.receive(replies[index] for index in order)
         results.append(server.state()[0])
@@ -132,7 +187,7 @@ def _spoiled(reply: Reply, what: str) -> Reply:
     ],
 )
 def test_a_bad_profile_is_refused_and_does_no_harm(what: str) -> None:
-    server, without = _server(), _server()
+    server, without = _server(start_layer=2), _server(start_layer=2)
     replies = _profile(server)
     without.next_tasks()
     summary = server.receive([_spoiled(replies[0], what), *replies[1:]])
@@ -142,7 +197,7 @@ def test_a_bad_profile_is_refused_and_does_no_harm(what: str) -> None:
 
 
 def test_a_second_profile_of_the_same_client_is_refused() -> None:
-    server, once = _server(), _server()
+    server, once = _server(start_layer=2), _server(start_layer=2)
     replies = _profile(server)
     once.next_tasks()
     once.receive(replies)
