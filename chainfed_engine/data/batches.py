@@ -1,7 +1,7 @@
 """EncodedData to `types.Batch`: right padding to the longest of the batch, int64, on the CPU.
 
-Without a seed the order is fixed, by length, so that little is padded: the composition in which the boundary cache is
-filled. With a seed the order is shuffled: the composition of training.
+Without a seed the order is fixed, longest first, so that little is padded and every later buffer fits where an earlier
+one lay: the composition in which the boundary cache is filled. With a seed the order is shuffled: the composition of training.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ def batches(encoded: EncodedData, batch_size: int, *, seed: int | None, pad_id: 
     if batch_size < 1:
         raise InvalidArgument(f"batches: expected a batch_size of at least 1, got {batch_size}")
     if seed is None:
-        order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
+        order = np.argsort([-len(ids) for ids in encoded.input_ids], kind="stable")
     else:
         order = np.random.default_rng(seed).permutation(len(encoded))
     for first in range(0, len(order), batch_size):

@@ -99,12 +99,12 @@ def test_causal_labels_are_padded_with_the_ignored_label(tokenizer: Tokenizer) -
     assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
 
 
-def test_without_a_seed_batches_are_sorted_by_length_and_with_one_shuffled(tokenizer: Tokenizer) -> None:
+def test_without_a_seed_the_longest_batches_come_first_and_with_one_shuffled(tokenizer: Tokenizer) -> None:
     rows = [{"t": "word " * (1 + 7 * i % 11), "y": "ab"[i % 2]} for i in range(23)]
     encoded = classify(tokenizer, rows=rows)
     sorted_batches = list(batches(encoded, 5, seed=None, pad_id=0))
     lengths = [int(n) for batch in sorted_batches for n in batch.attention_mask.sum(dim=1)]
-    assert lengths == sorted(lengths) and [len(b.sample_ids) for b in sorted_batches] == [5, 5, 5, 5, 3]
+    assert lengths == sorted(lengths, reverse=True) and [len(b.sample_ids) for b in sorted_batches] == [5, 5, 5, 5, 3]
     orders = {}
     for seed in (0, 0, 1):
         order = [sample for batch in batches(encoded, 5, seed=seed, pad_id=0) for sample in batch.sample_ids]
