@@ -1,7 +1,8 @@
 """EncodedData to `types.Batch`: right padding to the longest of the batch, int64, on the CPU.
 
 Without a seed the order is fixed, longest first, so that little is padded and every later buffer fits where an earlier
-one lay: the composition in which the boundary cache is filled. With a seed the order is shuffled: the composition of training.
+one lay: the composition in which the boundary cache is filled. With a seed the order is shuffled: the composition of
+training.
 """
 
 from collections.abc import Iterator, Sequence
