@@ -29,6 +29,9 @@ from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, Ta
 from chainfed_engine.window import TrainedWindow
 
 
+BATCHES_A_TRIM = 16
+
+
 class StageTrainer:
     """Trains one stage at a time over one frozen base. Not thread-safe; sites that share it take turns.
 
@@ -162,9 +165,10 @@ class StageTrainer:
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
         """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
         self.parameters.load(arrays)
-        native.trim_heap()  # what training left must not lie beside the sweep's buffers
         samples, targets, correct, loss = 0, 0, 0, 0.0
-        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+        for index, (batch, hidden) in enumerate(self.prefix.sweep(batches, range(self.model.num_layers))):
+            if index % BATCHES_A_TRIM == 0:
+                native.trim_heap()  # buffers of ever other sizes touch the whole heap that training left
             samples += len(batch.sample_ids)
             if isinstance(self.readout, CausalReadout):
                 losses = self.readout.token_losses(hidden, batch)
