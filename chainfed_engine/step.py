@@ -28,7 +28,6 @@ from chainfed_engine.profile import profile
 from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind
 from chainfed_engine.window import TrainedWindow
 
-
 BATCHES_A_TRIM = 16
 
 
