@@ -26,7 +26,7 @@ from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.schedule import Schedule
-from chainfed_engine.start_layer import choose_start_layer
+from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind
 
@@ -73,6 +73,7 @@ class ChainTrainer:
         start = self.config.start_layer
         if start is None:
             start = choose_start_layer(scores, threshold=self.config.threshold, window=self.config.window)
+            start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self.config.window))
         self._schedule = self._make_schedule(start)
         return {"cka": [float(score) for score in scores], "start_layer": start}
 

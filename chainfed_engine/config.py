@@ -48,7 +48,8 @@ class ChainConfig:
 
     window: int = _in("chain", 2, low=1, high=1024)
     auxiliary_weight: float = _in("chain", 0.2, high=100)
-    start_layer: int | None = _in("chain", None, high=1023, none="auto")  # 0-based; None: from `threshold` by CKA
+    # 0-based; None: from `threshold` by CKA, for causal LMs no lower than one window below the topmost
+    start_layer: int | None = _in("chain", None, high=1023, none="auto")
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
     rounds: int = _in("chain", 24, low=1)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.types import TaskKind
 
 Matrix = np.ndarray[Any, Any]
 
@@ -35,6 +36,15 @@ def linear_cka(x: Matrix, y: Matrix) -> float:
         cross = float(np.linalg.norm(x.T @ y) ** 2)
         norms = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     return cross / norms if norms > 0.0 else 0.0
+
+
+def lowest_start_layer(task: TaskKind, num_layers: int, window: int) -> int:
+    """The lowest layer that "auto" may choose: for a causal LM one window below the topmost, else 0.
+
+    A linear stand-in says little about the head's loss far below the top: on SmolLM2-135M (30 layers) the direction
+    it gives an adapter has a cosine of 0.04 to the true one at depth 12, 0.17 at 20, 0.38 at 26 (docs/LOG.md).
+    """
+    return max(0, num_layers - 2 * window) if task == "causal-lm" else 0
 
 
 def choose_start_layer(scores: Matrix, *, threshold: float, window: int) -> int:

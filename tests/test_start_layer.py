@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chainfed_engine.errors import InvalidArgument
-from chainfed_engine.start_layer import choose_start_layer, linear_cka
+from chainfed_engine.start_layer import choose_start_layer, linear_cka, lowest_start_layer
 
 
 def test_cka_is_one_for_rotated_and_scaled_features_and_small_for_unrelated_ones() -> None:
@@ -35,6 +35,12 @@ def test_start_is_the_first_layer_below_the_threshold_and_leaves_room_for_the_wi
 ) -> None:
     scores = np.array([0.95, 0.85, 0.7, 0.5, 0.4])
     assert choose_start_layer(scores, threshold=threshold, window=window) == expected
+
+
+def test_a_causal_lm_starts_no_lower_than_one_window_below_the_topmost() -> None:
+    assert lowest_start_layer("causal-lm", 30, 4) == 22
+    assert lowest_start_layer("causal-lm", 3, 2) == 0
+    assert lowest_start_layer("classification", 30, 4) == 0
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from chainfed_engine.client.held import HeldParameters
 from chainfed_engine.client.trainer import Trainer
-from chainfed_engine.data import EncodedData, batches
+from chainfed_engine.data import EncodedData, batches, order_by_length
 from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
 from chainfed_engine.types import Arrays, Batch, Reply, Task
 
@@ -74,10 +74,11 @@ class Client:
         trainer, started = self._trainer, time.perf_counter()
         trainer.begin(task.stage, parameters, cache_dir=self._cache_dir, lr=lr, settings=task.settings)
         try:
-            # The cache is filled in an order that never changes: its records depend on how samples were grouped.
-            costs = trainer.prepare(list(self._batches(task, seed=None)))
+            # The cache is filled in groups that never change: its records depend on how samples were grouped.
+            data = self._training_data(task)
+            costs = trainer.prepare(list(batches(data, _integer(task, "batch_size"), seed=None, pad_id=self._pad_id)))
             prepared = time.perf_counter()
-            loss, num_steps = self._run_steps(task)
+            loss, num_steps = self._run_steps(task, data)
             # Copies, because the trainer's own buffers serve the next client.
             trained = {key: np.array(value, copy=True) for key, value in trainer.trained().items()}
         finally:
@@ -91,13 +92,27 @@ class Client:
         }
         return trained, metrics
 
-    def _run_steps(self, task: Task) -> tuple[float, int]:
+    def _training_data(self, task: Task) -> EncodedData:
+        """All samples; with fewer steps than batches, that many of the cache's groups, drawn anew for every task, so
+        that the prefix runs over no sample that is not trained on."""
+        size, max_steps = _integer(task, "batch_size"), _integer(task, "max_local_steps")
+        num_groups = -(-len(self._data) // max(size, 1))
+        if not 0 < max_steps < num_groups:
+            return self._data
+        drawn = np.random.default_rng(_integer(task, "seed")).choice(num_groups, size=max_steps, replace=False)
+        picked = [order_by_length(self._data)[group * size : (group + 1) * size] for group in drawn]
+        return self._data.subset(np.sort(np.concatenate(picked)))
+
+    def _run_steps(self, task: Task, data: EncodedData) -> tuple[float, int]:
         """Mean loss over the samples seen, and the number of optimizer steps."""
         weighted, num_seen, num_steps = 0.0, 0, 0
         max_steps = _integer(task, "max_local_steps")
         for epoch in range(_integer(task, "local_epochs")):
             remaining = max_steps - num_steps if max_steps else None
-            for batch in islice(self._batches(task, seed=_integer(task, "seed") + epoch), remaining):
+            shuffled = batches(
+                data, _integer(task, "batch_size"), seed=_integer(task, "seed") + epoch, pad_id=self._pad_id
+            )
+            for batch in islice(shuffled, remaining):
                 loss = self._trainer.step(batch)
                 if not math.isfinite(loss):
                     raise NonFiniteLoss(f"loss became {loss} at step {num_steps}; try a lower lr")

@@ -4,7 +4,7 @@ read_table / as_table  ->  Table  ->  encode_classification / encode_causal  -> 
                                 `->  partition.*  ->  {client name: rows}
 """
 
-from chainfed_engine.data.batches import batches, collate
+from chainfed_engine.data.batches import batches, collate, order_by_length
 from chainfed_engine.data.encode import EncodedData, encode_causal, encode_classification
 from chainfed_engine.data.partition import by_column, dirichlet, iid
 from chainfed_engine.data.table import Table, as_table, read_table
@@ -22,5 +22,6 @@ __all__ = [
     "encode_causal",
     "encode_classification",
     "iid",
+    "order_by_length",
     "read_table",
 ]

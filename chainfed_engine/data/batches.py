@@ -20,12 +20,14 @@ def batches(encoded: EncodedData, batch_size: int, *, seed: int | None, pad_id: 
     """Every sample once, `batch_size` at a time, the last batch may be smaller. Equal seeds give equal batches."""
     if batch_size < 1:
         raise InvalidArgument(f"batches: expected a batch_size of at least 1, got {batch_size}")
-    if seed is None:
-        order = np.argsort([-len(ids) for ids in encoded.input_ids], kind="stable")
-    else:
-        order = np.random.default_rng(seed).permutation(len(encoded))
+    order = order_by_length(encoded) if seed is None else np.random.default_rng(seed).permutation(len(encoded))
     for first in range(0, len(order), batch_size):
         yield collate(encoded, order[first : first + batch_size], pad_id)
+
+
+def order_by_length(encoded: EncodedData) -> npt.NDArray[np.int64]:
+    """Indices of the samples from the longest to the shortest, equal ones as they come."""
+    return np.argsort([-len(ids) for ids in encoded.input_ids], kind="stable").astype(np.int64)
 
 
 def collate(encoded: EncodedData, indices: Sequence[int] | npt.NDArray[np.int64], pad_id: int) -> Batch:

@@ -22,6 +22,7 @@ from chainfed_engine.server.profile import ProfileCollector, depths_at_once, row
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.summary import Summary
 from chainfed_engine.server.updates import UpdateCollector, only_non_finite, summarize_reasons
+from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
 
 MAX_REJECTED_IN_A_ROW = 3
@@ -203,7 +204,8 @@ class Server:
         attempt, accepted = self._profile_attempts, bool(collector.counted)
         if accepted:
             if self._start_layer is None:
-                self._start_layer = collector.start_layer(self.config)
+                lowest = lowest_start_layer(self.task, self.shape.num_layers, self.config.window)
+                self._start_layer = max(lowest, collector.start_layer(self.config))
             self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
         self._profile_attempts += 1
         return Summary(

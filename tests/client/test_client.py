@@ -128,6 +128,19 @@ def test_the_number_of_local_steps_is_limited_across_epochs(limit: int, steps: i
     assert _client(trainer).handle(_task(settings={"max_local_steps": limit})).metrics["steps"] == steps
 
 
+def test_a_limited_round_fills_the_cache_with_no_more_than_it_trains_on_in_groups_that_never_change() -> None:
+    whole, seen = RecordingTrainer(), set()
+    _client(whole, 30).handle(_task())
+    for seed in range(12):
+        trainer = RecordingTrainer()
+        _client(trainer, 30).handle(_task(settings={"max_local_steps": 2, "seed": seed}))
+        assert all(group in _ids(whole.prepared) for group in _ids(trainer.prepared))
+        prepared = {name for names in _ids(trainer.prepared) for name in names}
+        assert prepared == {name for names in _ids(trainer.batches) for name in names} and len(trainer.batches) == 2
+        seen |= prepared
+    assert len(seen) == 30, "every sample has its turn"
+
+
 def test_fewer_samples_than_a_batch_make_one_smaller_batch() -> None:
     trainer = RecordingTrainer()
     reply = _client(trainer, 1).handle(_task(settings={"local_epochs": 1}))
