@@ -29,22 +29,24 @@ def profile(
     depths: Collection[int],
     normalise: bool,
     max_rows: int | None = None,
+    with_scores: bool = True,
 ) -> Arrays:
-    """Arrays: `cka` float64 [num_layers]; for each depth in `depths` (0 < depth < num_layers) the stand-in factor, of
-    at most `max_rows` rows, spread evenly (None: all)."""
+    """Arrays: `cka` float64 [num_layers] (`with_scores`); for each depth in `depths` (0 < depth < num_layers) the
+    stand-in factor, of at most `max_rows` rows, spread evenly (None: all)."""
     model = prefix.model
     hidden = [model.embed(batch) for batch in batches]
     contexts = [model.context(batch) for batch in batches]
-    initial = _tokens(hidden, batches)
+    initial = _tokens(hidden, batches) if with_scores else None
     scores = np.empty(model.num_layers)
     rows: dict[int, Tensor] = {}
     for layer in range(model.num_layers):
         for index, context in enumerate(contexts):
             hidden[index] = prefix.run_layer(layer, hidden[index], context)
-        scores[layer] = linear_cka(_tokens(hidden, batches), initial)
+        if initial is not None:
+            scores[layer] = linear_cka(_tokens(hidden, batches), initial)
         if layer + 1 in depths:
             rows[layer + 1] = _features(hidden, batches, readout, normalise, max_rows)
-    arrays: Arrays = {"cka": scores}
+    arrays: Arrays = {"cka": scores} if with_scores else {}
     if rows:
         final = _features(hidden, batches, readout, normalise, max_rows).numpy()
         for depth, features in rows.items():

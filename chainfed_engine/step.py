@@ -149,13 +149,25 @@ class StageTrainer:
             self._supply = None
 
     def profile(
-        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+        self,
+        batches: Sequence[Batch],
+        arrays: Arrays,
+        *,
+        depths: Collection[int] = (),
+        max_rows: int | None = None,
+        with_scores: bool = True,
     ) -> Arrays:
-        """CKA score of every layer and stand-in statistics for `depths`, under the parameters in `arrays`; at most
-        `max_rows` rows, spread evenly (None: all)."""
+        """CKA score of every layer (`with_scores`) and stand-in statistics for `depths`, under the parameters in
+        `arrays`; at most `max_rows` rows, spread evenly (None: all)."""
         self.parameters.load(arrays)
         statistics = profile(
-            self.prefix, batches, self.readout, depths=depths, normalise=self.normalise, max_rows=max_rows
+            self.prefix,
+            batches,
+            self.readout,
+            depths=depths,
+            normalise=self.normalise,
+            max_rows=max_rows,
+            with_scores=with_scores,
         )
         native.trim_heap()
         return statistics

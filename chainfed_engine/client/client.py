@@ -128,7 +128,8 @@ class Client:
         depths = range(_integer(task, "depth_start"), _integer(task, "depth_stop"))
         started = time.perf_counter()
         max_rows = _integer(task, "max_rows")
-        statistics = self._trainer.profile(some, parameters, depths=depths, max_rows=max_rows)
+        with_scores = _integer(task, "with_scores") > 0
+        statistics = self._trainer.profile(some, parameters, depths=depths, max_rows=max_rows, with_scores=with_scores)
         return statistics, {"profile_seconds": time.perf_counter() - started}
 
     def _evaluate(self, task: Task, parameters: Arrays) -> dict[str, float]:

@@ -34,9 +34,16 @@ class Trainer(Protocol):
         """Close what `begin` opened; harmless when nothing is open."""
 
     def profile(
-        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+        self,
+        batches: Sequence[Batch],
+        arrays: Arrays,
+        *,
+        depths: Collection[int] = (),
+        max_rows: int | None = None,
+        with_scores: bool = True,
     ) -> Arrays:
-        """`cka` float64 [num_layers] and the stand-in statistics at `depths`, of at most `max_rows` rows."""
+        """`cka` float64 [num_layers] (`with_scores`) and the stand-in statistics at `depths`, of at most `max_rows`
+        rows."""
 
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         """`accuracy` or `token_loss`, and `num_samples`."""

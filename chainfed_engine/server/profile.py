@@ -32,15 +32,25 @@ def rows_in_all(hidden_size: int) -> int:
 
 
 class ProfileCollector:
-    """`tasks`: who was asked. `depths`: where stand-in statistics are due. The first reply of a client counts."""
+    """`tasks`: who was asked. `depths`: where stand-in statistics are due. `with_scores`: whether scores are.
+
+    The first reply of a client counts.
+    """
 
     def __init__(
-        self, tasks: Mapping[str, Task], *, shape: ModelShape, depths: range, samples: Mapping[str, int]
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        shape: ModelShape,
+        depths: range,
+        samples: Mapping[str, int],
+        with_scores: bool,
     ) -> None:
         self._tasks = tasks
         self._shape = shape
         self._factor_keys = [stand_in_key(depth, "factor") for depth in depths]
         self._samples = samples
+        self._with_scores = with_scores
         self._waiting: dict[str, Reply | None] = {}  # arrived (None: refused) before someone ahead in name order
         self._order = sorted(tasks)
         self._weighted_scores = np.zeros(shape.num_layers, np.float64)
@@ -67,7 +77,9 @@ class ProfileCollector:
 
     @property
     def scores(self) -> np.ndarray:
-        """Mean CKA by layer, weighted by samples: float64 [num_layers]."""
+        """Mean CKA by layer, weighted by samples: float64 [num_layers]; empty if none were asked for."""
+        if not self._with_scores:
+            return np.empty(0)
         return np.asarray(self._weighted_scores / self.total_samples)
 
     def start_layer(self, config: ChainConfig) -> int:
@@ -84,12 +96,13 @@ class ProfileCollector:
         reason = refuse_envelope(reply, self._tasks[reply.client], max_samples=self._samples[reply.client])
         if reason is not None:
             return reason
-        expected = {SCORES_KEY, *self._factor_keys}
-        if not isinstance(reply.arrays, Mapping) or reply.arrays.keys() != expected:
-            return f"profile: expected {SCORES_KEY} and stand-in statistics at {len(self._factor_keys)} depths"
-        reason = refuse_array(SCORES_KEY, reply.arrays[SCORES_KEY], shape=(self._shape.num_layers,), dtype=np.float64)
-        if reason is not None:
-            return reason
+        scores = [SCORES_KEY] if self._with_scores else []
+        if not isinstance(reply.arrays, Mapping) or reply.arrays.keys() != {*scores, *self._factor_keys}:
+            return f"profile: expected {len(scores)} of {SCORES_KEY} and statistics at {len(self._factor_keys)} depths"
+        for key in scores:
+            reason = refuse_array(key, reply.arrays[key], shape=(self._shape.num_layers,), dtype=np.float64)
+            if reason is not None:
+                return reason
         width = 2 * self._shape.hidden_size + 1
         for key in self._factor_keys:
             factor = reply.arrays[key]
@@ -104,7 +117,8 @@ class ProfileCollector:
             return
         self.counted.append(reply.client)
         self.total_samples += reply.num_samples
-        self._weighted_scores += reply.num_samples * reply.arrays[SCORES_KEY]
+        if self._with_scores:
+            self._weighted_scores += reply.num_samples * reply.arrays[SCORES_KEY]
         for key in self._factor_keys:  # one depth at a time: never two full sets of statistics beside the reply
             parts = [{key: self._factors[key]}] if key in self._factors else []
             self._factors[key] = stand_in.merge([*parts, {key: reply.arrays[key]}])[key]

@@ -127,6 +127,7 @@ class Server:
                 "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
                 "depth_start": depths.start,
                 "depth_stop": depths.stop,
+                "with_scores": int(self._start_layer is None),
                 "max_rows": -(-rows_in_all(self.shape.hidden_size) // len(cohort)),
                 "seed": self._seed(PROFILE_STREAM, attempt, name),
             }
@@ -194,7 +195,13 @@ class Server:
     def _collector(self, pending: dict[str, Task]) -> ProfileCollector | UpdateCollector:
         if self._profile_pending:
             depths = self._missing_depths()
-            return ProfileCollector(pending, shape=self.shape, depths=depths, samples=self.client_samples)
+            return ProfileCollector(
+                pending,
+                shape=self.shape,
+                depths=depths,
+                samples=self.client_samples,
+                with_scores=self._start_layer is None,
+            )
         return UpdateCollector(pending, trained=self._model.trained(self._stage()), samples=self.client_samples)
 
     def _finish_profile(

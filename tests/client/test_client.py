@@ -59,10 +59,20 @@ class RecordingTrainer:
         self.calls.append("end")
 
     def profile(
-        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+        self,
+        batches: Sequence[Batch],
+        arrays: Arrays,
+        *,
+        depths: Collection[int] = (),
+        max_rows: int | None = None,
+        with_scores: bool = True,
     ) -> Arrays:
         self.batches = list(batches)
-        return {"cka": np.ones(4), "depths": np.array(sorted(depths)), "max_rows": np.array(max_rows)}
+        return {
+            "cka": np.full(4, float(with_scores)),
+            "depths": np.array(sorted(depths)),
+            "max_rows": np.array(max_rows),
+        }
 
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         return {"accuracy": 0.5, "num_samples": float(sum(len(batch.sample_ids) for batch in batches))}
@@ -208,10 +218,15 @@ def test_a_client_that_lacks_a_parameter_says_so(versions: dict[str, str]) -> No
 
 def test_profiling_uses_the_batches_and_depths_asked_for() -> None:
     trainer = RecordingTrainer()
-    task = _task("profile", stage=None, settings={"num_batches": 2, "depth_start": 1, "depth_stop": 3, "max_rows": 9})
+    task = _task(
+        "profile",
+        stage=None,
+        settings={"num_batches": 2, "depth_start": 1, "depth_stop": 3, "max_rows": 9, "with_scores": 0},
+    )
     reply = _client(trainer).handle(task)
     assert reply.kind == "profile" and len(trainer.batches) == 2
     assert reply.arrays["depths"].tolist() == [1, 2] and reply.arrays["max_rows"] == 9
+    assert not reply.arrays["cka"].any()
 
 
 def test_evaluation_sees_every_sample_once() -> None:

@@ -65,9 +65,15 @@ class FakeTrainer:
         pass
 
     def profile(
-        self, batches: Sequence[Batch], arrays: Arrays, *, depths: Collection[int] = (), max_rows: int | None = None
+        self,
+        batches: Sequence[Batch],
+        arrays: Arrays,
+        *,
+        depths: Collection[int] = (),
+        max_rows: int | None = None,
+        with_scores: bool = True,
     ) -> Arrays:
-        statistics: Arrays = {"cka": np.linspace(0.95, 0.3, self.num_layers)}
+        statistics: Arrays = {"cka": np.linspace(0.95, 0.3, self.num_layers)} if with_scores else {}
         for depth in depths:
             x = np.random.default_rng(len(batches[0].sample_ids[0]) + depth).normal(size=(5, HIDDEN)).astype(np.float32)
             statistics.update(stand_in.statistics(depth, x, x[::-1].copy()))

@@ -22,7 +22,8 @@ def _server(**fields: Any) -> Server:
 
 def _answer(server: Server, task: Task) -> Reply:
     generator = np.random.default_rng(int(task.settings["seed"]))
-    arrays: Arrays = {"cka": SCORES + generator.normal(size=6) * 1e-3}
+    scores = SCORES + generator.normal(size=6) * 1e-3
+    arrays: Arrays = {"cka": scores} if task.settings["with_scores"] else {}
     for depth in range(int(task.settings["depth_start"]), int(task.settings["depth_stop"])):
         x = generator.normal(size=(6, HIDDEN)).astype(np.float32)
         arrays.update(stand_in.statistics(depth, x, 2 * x + 1))
@@ -49,6 +50,7 @@ def test_a_fixed_start_layer_is_kept_and_profiled_only_for_the_stand_ins() -> No
     server = _server(start_layer=1, window=2, rounds=8)
     tasks = server.next_tasks()
     assert (tasks[0].settings["depth_start"], tasks[0].settings["depth_stop"]) == (3, 6)
+    assert not tasks[0].settings["with_scores"]
     assert server.receive([_answer(server, task) for task in tasks]).start_layer == 1
     assert make_server(start_layer=1).next_tasks()[0].kind == "train"
 
@@ -187,12 +189,13 @@ def _spoiled(reply: Reply, what: str) -> Reply:
     ],
 )
 def test_a_bad_profile_is_refused_and_does_no_harm(what: str) -> None:
-    server, without = _server(start_layer=2), _server(start_layer=2)
+    start_layer = None if what.endswith("scores") else 2
+    server, without = _server(start_layer=start_layer), _server(start_layer=start_layer)
     replies = _profile(server)
     without.next_tasks()
     summary = server.receive([_spoiled(replies[0], what), *replies[1:]])
     assert summary.accepted and set(summary.rejected) == {replies[0].client}
-    without.receive(replies[1:])
+    assert summary.scores == without.receive(replies[1:]).scores
     assert same_bits(server.state()[0], without.state()[0])
 
 
