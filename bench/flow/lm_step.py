@@ -6,7 +6,7 @@
 One side a process, so that peaks do not mix. The LoRA side has the store's architecture with random weights: neither
 its speed nor its memory depends on them. Every token but the first of each sequence carries a label; adapters above the
 window are trained (non-zero), so the head sees two branches. Prints one JSON line: tokens a second (median step) and
-the peak resident set above the imports (and, for ours, above nothing else: the weights count).
+the peak resident set above the imports, the weights included.
 """
 
 import argparse
@@ -76,7 +76,6 @@ def _window(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     native.set_num_threads(options.threads)
-    StoreInfo.read(options.store)
     import chainfed_engine.model.families as families
 
     families.family(StoreInfo.read(options.store).architecture)  # imports the library's modelling code
@@ -115,7 +114,8 @@ def _lora(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     info = StoreInfo.read(options.store)
-    config = transformers.AutoConfig.for_model(info.architecture, **{**info.config, "use_cache": False})
+    values = {key: value for key, value in info.config.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(info.architecture, **{**values, "use_cache": False})
     transformers.AutoModelForCausalLM._model_mapping[type(config)]  # imports the library's modelling code
     reset_peak_rss()
     before = rss_bytes()
