@@ -4,8 +4,17 @@
 // land in the child's copy of a page.
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <memory>
 
 namespace chainfed {
+
+// Page-locks memory for a device that reads it in place, and undoes it. Memory so held stays where it is and is kept
+// whole.
+struct Pinning {
+  std::function<void(void* data, int64_t bytes)> pin;
+  std::function<void(void* data)> unpin;
+};
 
 class PageBuffer {
  public:
@@ -14,8 +23,9 @@ class PageBuffer {
   PageBuffer(PageBuffer&& other) noexcept;
   PageBuffer& operator=(PageBuffer&& other) = delete;
 
-  // Reserve `bytes` of address space on the first call; later calls keep what is there. Throws IoError.
-  void reserve(int64_t bytes);
+  // Reserve `bytes` of address space on the first call; later calls keep what is there. With `pinning` the memory is
+  // there at once and pinned until the end. Throws IoError, and what pin throws.
+  void reserve(int64_t bytes, std::shared_ptr<const Pinning> pinning = nullptr);
   // Give back the pages that [0, bytes) does not need.
   void drop_tail(int64_t bytes);
   // Memory that [0, bytes) takes when written, whole pages.
@@ -25,6 +35,7 @@ class PageBuffer {
  private:
   char* data_ = nullptr;
   int64_t bytes_ = 0;
+  std::shared_ptr<const Pinning> pinning_;  // set while pinned
 };
 
 }  // namespace chainfed
