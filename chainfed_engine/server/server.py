@@ -13,10 +13,10 @@ import numpy as np
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ChainfedError, CorruptFile, InconsistentUpdates, InvalidArgument, NonFiniteLoss
 from chainfed_engine.server import saved
-from chainfed_engine.server.aggregate import federated_average
 from chainfed_engine.server.checks import one_line
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
@@ -51,13 +51,15 @@ class Server:
         self.task = task
         self.client_samples = dict(client_samples)
         self._plan = Plan(config, shape.num_layers, task)
+        method = method_class(config.method)
         self._model = GlobalModel(
-            initial,
+            {**initial, **method.extra_state(config, initial)},
             task,
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0,
         )
+        self._method = method(config, self._model)
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
@@ -136,10 +138,10 @@ class Server:
         return tasks
 
     def _train_tasks(self) -> list[Task]:
-        stage = self._stage()
-        needed, versions = self._model.needed(stage, self._known_start_layer())
         config, tasks = self.config, []
         for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
+            stage = self._method.stage(self._stage(), self._round_id, name)
+            needed, versions = self._method.needed(stage, self._known_start_layer())
             settings: dict[str, Scalar] = {
                 "lr": config.lr,
                 "batch_size": config.batch_size,
@@ -147,6 +149,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
             tasks.append(Task("train", name, self._round_id, stage, arrays, settings, versions))
@@ -207,7 +210,7 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
-        return UpdateCollector(pending, trained=self._model.trained(self._stage()), samples=self.client_samples)
+        return UpdateCollector(pending, expected=self._method.expected, samples=self.client_samples)
 
     def _finish_profile(
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
@@ -242,7 +245,7 @@ class Server:
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
         if collector.usable:
-            self._model.update(federated_average(collector.usable))
+            self._model.update(self._method.combine(collector.usable))
         self._round_id += 1
         return Summary(
             "round",
@@ -270,14 +273,14 @@ class Server:
             rejections=tuple(self._rejections),
             only_non_finite=self._only_non_finite,
         )
-        return {**self._model.parameters(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+        return {**self._model.state(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
         many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
-        own, depths = self.parameters(), progress.stand_in_depths
+        own, depths = self._model.state(), progress.stand_in_depths
         stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
         self._model.set_stand_ins({key: arrays[key] for key in stand_ins})

@@ -3,7 +3,7 @@
 A client that sends more than one reply loses all of them: which of two came first must not matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,13 +14,17 @@ LOSS = "loss"
 
 
 class UpdateCollector:
-    """`trained`: the stage's parameters as they are; an update has these keys, shapes and dtypes and no other."""
+    """`expected`: arrays like those that answer a task; an update has their keys, shapes and dtypes and no other."""
 
     def __init__(
-        self, tasks: Mapping[str, Task], *, trained: Mapping[str, np.ndarray], samples: Mapping[str, int]
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        expected: Callable[[Task], Mapping[str, np.ndarray]],
+        samples: Mapping[str, int],
     ) -> None:
         self._tasks = tasks
-        self._trained = trained
+        self._expected = expected
         self._samples = samples
         self._seen: set[str] = set()
         self.usable: dict[str, Reply] = {}
@@ -35,7 +39,7 @@ class UpdateCollector:
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
-            reason = refuse_arrays(reply.arrays, self._trained)
+            reason = refuse_arrays(reply.arrays, self._expected(self._tasks[reply.client]))
         if reason is None:
             self.usable[reply.client] = reply
         return reason
