@@ -1,4 +1,4 @@
-# make demo | test | lint | build | sanitize | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# make demo | test | lint | build | sanitize | bench-kernels | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
 # The package is installed in editable mode and the native module is built into the source tree, so that there is one
 # copy of everything and neither tests nor demo can run a stale one.
 PYTHON ?= python3
@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread wheel clean
+.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread bench-kernels wheel clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
 	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
+	@echo 'make bench-kernels  every kernel against torch, FBGEMM, bitsandbytes and memcpy (BENCH=--quick: two minutes)'
 	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
 	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
 
@@ -86,6 +87,17 @@ define run_preset
 	@cmake --build --preset $(1) --parallel $(JOBS)
 	ctest --preset $(1)
 endef
+
+# Peers that nothing else needs.
+$(VENV)/.bench: $(VENV)/.samples
+	$(INSTALL) bitsandbytes
+	@touch $@
+
+# BENCH: options of bench/micro, for example BENCH='--quick --kernels int4_forward'. CHAINFED_SIMD=avx2 goes through.
+bench-kernels: build $(VENV)/.bench
+	@cmake -S . -B build -DCHAINFED_BENCH=ON >build/configure.log || { cat build/configure.log; exit 1; }
+	@cmake --build build --target peak
+	$(BIN)/python -m bench.micro --benchmark-json=build/bench-kernels.json $(BENCH)
 
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
 wheel: venv
