@@ -20,7 +20,8 @@ def _task(client: str, **fields: Any) -> Task:
 
 
 def _reply(client: str, value: float = 1.0) -> Reply:
-    return Reply("train", client, 3, 5, {"x": np.full(3, value, np.float32)}, {"loss": 0.5})
+    stage = Stage("window", Window(2, 4), 1)
+    return Reply("train", client, 3, 5, {"x": np.full(3, value, np.float32)}, {"loss": 0.5}, stage=stage, base="f00")
 
 
 TASKS = [_task("a"), _task("b"), _task("c")]
