@@ -22,7 +22,8 @@ from chainfed_engine.types import Arrays, Batch, Reply, Task
 
 class Client:
     """`cache_dir`: a folder of this client alone (None: no cache). `pad_id`: the tokenizer's padding token. `base`:
-    fingerprint of the frozen model. `max_window`: layers this client can train at once (None: as many as are asked).
+    fingerprint of the frozen model. `max_window`: layers this client can train at once (None: as many as are asked). `held_dir`:
+    a folder of this client alone for the parameters it was sent (None: they live as long as the object).
 
     Raises DataError without samples. Fewer samples than a batch make one smaller batch.
     """
@@ -37,6 +38,7 @@ class Client:
         pad_id: int = 0,
         base: str = "",
         max_window: int | None = None,
+        held_dir: Path | None = None,
     ) -> None:
         if len(data) == 0:
             raise DataError(f"client {name}: expected at least one sample, got none; drop the client or give it data")
@@ -47,11 +49,16 @@ class Client:
         self._pad_id = pad_id
         self._base = base
         self.max_window = max_window
-        self._held = HeldParameters()
+        self._held = HeldParameters(held_dir)
 
     @property
     def num_samples(self) -> int:
         return len(self._data)
+
+    @property
+    def held_versions(self) -> dict[str, str]:
+        """Parameter -> version of everything this client need not be sent again."""
+        return self._held.versions
 
     def forget_outdated(self, current: Mapping[str, str]) -> None:
         """Free held parameters whose version is not the one in `current`; hundreds of clients in one process hold no
