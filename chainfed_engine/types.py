@@ -4,7 +4,7 @@
 transport only carries them. Arrays are NumPy; keys are dotted parameter names (see `parameter_key`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+SEED_COEFFICIENTS = "method.seed_coefficients"  # FedKSeed: float32 [K], how far along each direction
 IGNORE_INDEX = -100  # label of a token that carries no loss (transformers' convention)
 
 TaskKind = Literal["classification", "causal-lm"]
@@ -22,18 +23,22 @@ Scalar = int | float | str | bool
 
 @dataclass(frozen=True)
 class Window:
-    """Layers `start .. stop - 1` whose adapters are trained; the boundary is the hidden state entering `start`."""
+    """Layers `start .. stop - 1` whose adapters are trained; the boundary is the hidden state entering `start`.
+
+    `picked` (FedRA): only these of them are run and trained, ascending; the others are skipped.
+    """
 
     start: int
     stop: int
+    picked: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
-        return self.stop - self.start
+        return len(self.layers)
 
     @property
-    def layers(self) -> range:
-        return range(self.start, self.stop)
+    def layers(self) -> Sequence[int]:
+        return range(self.start, self.stop) if self.picked is None else self.picked
 
 
 @dataclass(frozen=True)

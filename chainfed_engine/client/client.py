@@ -22,8 +22,8 @@ from chainfed_engine.types import Arrays, Batch, Reply, Task
 
 class Client:
     """`cache_dir`: a folder of this client alone (None: no cache). `pad_id`: the tokenizer's padding token. `base`:
-    fingerprint of the frozen model. `max_window`: layers this client can train at once (None: as many as are asked). `held_dir`:
-    a folder of this client alone for the parameters it was sent (None: they live as long as the object).
+    fingerprint of the frozen model. `max_window`: layers this client can train at once (None: as many as are asked).
+    `held_dir`: a folder of this client alone for the parameters it was sent (None: they live as long as the object).
 
     Raises DataError without samples. Fewer samples than a batch make one smaller batch.
     """

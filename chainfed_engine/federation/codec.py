@@ -21,7 +21,12 @@ from chainfed_engine.types import Arrays
 PROTOCOL = 1  # of header and records; another one is refused by name
 MAX_HEADER_BYTES = 16 << 20
 MAX_PAYLOAD_BYTES = 2 << 30
-_DTYPES = {"<f4": np.dtype("<f4"), "<f8": np.dtype("<f8"), "|i1": np.dtype("|i1"), "|u1": np.dtype("|u1")}
+_DTYPES: dict[str, "np.dtype[Any]"] = {
+    "<f4": np.dtype("<f4"),
+    "<f8": np.dtype("<f8"),
+    "|i1": np.dtype("|i1"),
+    "|u1": np.dtype("|u1"),
+}
 _MAX_ARRAYS, _MAX_DIMS, _MAX_KEY = 1 << 16, 4, 256
 _FRAME = struct.Struct("<4sQQ")
 _MAGIC = b"CFM1"

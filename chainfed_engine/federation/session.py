@@ -21,6 +21,7 @@ from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
 from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
+from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
@@ -74,7 +75,7 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says."""
     choices = plan.choices
     native.set_num_threads(torch.get_num_threads())
-    return StageTrainer(
+    return trainer_class(config.method)(
         FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True)),
         config,
         task=task,

@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 
 from chainfed_engine.config import ChainConfig
-from chainfed_engine.errors import ChainfedError, CorruptFile, InconsistentUpdates, InvalidArgument, NonFiniteLoss
+from chainfed_engine.errors import ConfigError, CorruptFile, InvalidArgument
 from chainfed_engine.server import saved
-from chainfed_engine.server.aggregate import aggregate
 from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
 from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
+from chainfed_engine.server.setbacks import Setbacks
 from chainfed_engine.server.summary import Summary
-from chainfed_engine.server.updates import UpdateCollector, only_non_finite, summarize_reasons
+from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
 
-MAX_REJECTED_IN_A_ROW = 3
 # A stand-in of D x D numbers wants as many tokens as it can get: few clients make up for it with more batches each.
 STAND_IN_BATCHES = 16
 
@@ -61,19 +61,25 @@ class Server:
         if any(layers < 1 for layers in self.client_windows.values()):
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
         self._plan = Plan(config, shape.num_layers, task)
+        method = method_class(config.method)
+        if config.aggregation in ("median", "trimmed-mean") and not method.averages_values:
+            raise ConfigError(
+                f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
+                f'{config.method} do not send; use "mean" or "multi-krum"'
+            )
         self._model = GlobalModel(
-            initial,
+            {**initial, **method.extra_state(config, initial)},
             task,
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0,
         )
+        self._method = method(config, self._model)
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
         self._round_id = 0
-        self._rejections: list[str] = []  # reasons of the rejected exchanges since the last accepted one
-        self._only_non_finite = True  # whether NaN and infinity are all that is behind them
+        self._setbacks = Setbacks()
         self._pending: dict[str, Task] | None = None
         self._typical_size: Size | None = None  # of the updates of the last cohort that could tell
 
@@ -115,8 +121,7 @@ class Server:
         """
         if self.done:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
-        if len(self._rejections) >= MAX_REJECTED_IN_A_ROW:
-            raise self._too_many_rejections()
+        self._setbacks.check("profile attempts" if self._profile_pending else "rounds")
         tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
         self._pending = {task.client: task for task in tasks}
         return tasks
@@ -156,10 +161,10 @@ class Server:
         return tasks
 
     def _train_tasks(self) -> list[Task]:
-        stage = self._stage()
-        needed, versions = self._model.needed(stage, self._known_start_layer())
         config, tasks = self.config, []
         for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
+            stage = self._method.stage(self._stage(), self._round_id, name)
+            needed, versions = self._method.needed(stage, self._known_start_layer())
             settings: dict[str, Scalar] = {
                 "lr": config.lr,
                 "batch_size": config.batch_size,
@@ -167,6 +172,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
             own = self._model.for_client(stage, self.client_windows.get(name))
@@ -212,10 +218,9 @@ class Server:
             else:
                 self._holdings.forget(client)
         if summary.accepted:
-            self._rejections, self._only_non_finite = [], True
+            self._setbacks.accepted()
         else:
-            self._rejections.append(summarize_reasons(summary.rejected))
-            self._only_non_finite &= only_non_finite(summary.rejected)
+            self._setbacks.rejected(summary.rejected)
         return summary
 
     def forget(self, clients: Iterable[str]) -> None:
@@ -233,8 +238,13 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
-        trained = {name: self._model.trained(task.stage) for name, task in pending.items() if task.stage is not None}
-        return UpdateCollector(pending, trained=trained, samples=self.client_samples, last_size=self._typical_size)
+        return UpdateCollector(
+            pending,
+            expected=self._method.expected,
+            before=self._method.before,
+            samples=self.client_samples,
+            last_size=self._typical_size,
+        )
 
     def _finish_profile(
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
@@ -273,7 +283,7 @@ class Server:
             norm_limit=config.norm_limit, aggregation=config.aggregation, hostile_share=config.hostile_share
         )
         if collector.usable:
-            self._model.update(aggregate(config.aggregation, collector.usable, hostile_share=config.hostile_share))
+            self._model.update(self._method.combine(collector.usable))
         self._typical_size = collector.typical_size
         self._round_id += 1
         return Summary(
@@ -300,19 +310,19 @@ class Server:
             profile_attempts=self._profile_attempts,
             start_layer=self._start_layer,
             stand_in_depths=tuple(sorted(self._model.stand_in_depths())),
-            rejections=tuple(self._rejections),
-            only_non_finite=self._only_non_finite,
+            rejections=tuple(self._setbacks.reasons),
+            only_non_finite=self._setbacks.only_non_finite,
             typical_norm=self._typical_size.norm if self._typical_size else None,
             typical_steps=self._typical_size.steps if self._typical_size else None,
         )
-        return {**self._model.parameters(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+        return {**self._model.state(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
         many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
-        own, depths = self.parameters(), progress.stand_in_depths
+        own, depths = self._model.state(), progress.stand_in_depths
         stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
         self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
@@ -321,9 +331,7 @@ class Server:
         self._round_id = progress.round_id
         self._profile_attempts = progress.profile_attempts
         self._start_layer = progress.start_layer
-        exhausted = len(progress.rejections) >= MAX_REJECTED_IN_A_ROW
-        self._rejections = [] if exhausted else list(progress.rejections)
-        self._only_non_finite = exhausted or progress.only_non_finite
+        self._setbacks = Setbacks(progress.rejections, progress.only_non_finite)
         self._typical_size = None
         if progress.typical_norm is not None and progress.typical_steps is not None:
             self._typical_size = Size(progress.typical_norm, progress.typical_steps)
@@ -373,15 +381,6 @@ class Server:
             possible = self._plan.stand_in_depths(found)
         if not set(progress.stand_in_depths) <= set(possible):
             raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
-
-    def _too_many_rejections(self) -> ChainfedError:
-        kind = NonFiniteLoss if self._only_non_finite else InconsistentUpdates
-        what = "profile attempts" if self._profile_pending else "rounds"
-        advice = "; try a lower lr" if kind is NonFiniteLoss else ""
-        return kind(
-            f"no usable update in {len(self._rejections)} {what} in a row (last: {self._rejections[-1]}); "
-            f"the parameters are as before them{advice}"
-        )
 
 
 def _num_bytes(arrays: object) -> int:

@@ -4,7 +4,7 @@ The same reply twice counts once: networks repeat. A client that sends two diffe
 them came first must not matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -17,19 +17,20 @@ LOSS = "loss"
 
 
 class UpdateCollector:
-    """`trained`: the parameters, as they are, that each client was asked to train; an update has these keys, shapes
-    and dtypes and no other. `last_size`: what was typical of the last cohort that could tell."""
+    """`expected`: arrays like those that answer a task; an update has their keys, shapes and dtypes and no other.
+    `before`: what an update is measured from. `last_size`: what was typical of the last cohort that could tell."""
 
     def __init__(
         self,
         tasks: Mapping[str, Task],
         *,
-        trained: Mapping[str, Mapping[str, np.ndarray]],
+        expected: Callable[[Task], Mapping[str, np.ndarray]],
+        before: Callable[[Task], Mapping[str, np.ndarray]],
         samples: Mapping[str, int],
         last_size: quarantine.Size | None = None,
     ) -> None:
         self._tasks = tasks
-        self._trained = trained
+        self._expected, self._before = expected, before
         self._samples = samples
         self._seen: set[str] = set()
         self._sizes: dict[str, quarantine.Size] = {}
@@ -46,9 +47,9 @@ class UpdateCollector:
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
-            reason = refuse_arrays(reply.arrays, self._trained[reply.client])
+            reason = refuse_arrays(reply.arrays, self._expected(task))
         if reason is None:
-            norm = quarantine.update_norm(reply.arrays, self._trained[reply.client])
+            norm = quarantine.update_norm(reply.arrays, self._before(task))
             self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
             self.usable[reply.client] = reply
         return reason
