@@ -14,7 +14,10 @@ PACKAGE = "chainfed_engine"
 ROOT = Path(__file__).parents[2] / PACKAGE
 
 ROWS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types", "config", "schedule", "start_layer", "stand_in", "sizes", "_version", "directions"}),
+    frozenset(
+        {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
+        | {"directions"}
+    ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
     frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
