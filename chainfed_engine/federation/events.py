@@ -16,9 +16,10 @@ Event = dict[str, Any]
 _SECONDS = "_seconds"
 
 
-def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float]) -> Event:
+def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float], cpu_seconds: float) -> Event:
     """`round` or `profile`. `bytes_sent`: arrays carried, both ways; `seconds`: parts measured by clients (`prepare`,
-    `train`; summed over them) and here (`transport`, which includes them, and `server`)."""
+    `train`; summed over them) and here (`transport`, which includes them, and `server`). `cpu_seconds`: of all threads
+    of this process during the exchange."""
     totals = {name: value for name, value in summary.totals.items() if not name.endswith(_SECONDS)}
     parts = {name.removesuffix(_SECONDS): s for name, s in summary.totals.items() if name.endswith(_SECONDS)}
     if summary.kind == "profile":
@@ -39,6 +40,7 @@ def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float
         "bytes_up": summary.bytes_up,
         **totals,
         "seconds": {name: round(value, 6) for name, value in {**parts, **seconds}.items()},
+        "cpu_seconds": round(cpu_seconds, 6),
     }
 
 

@@ -139,10 +139,13 @@ def test_a_reply_with_a_field_that_cannot_be_is_refused_by_name(field: str, valu
 @pytest.mark.parametrize(
     "stage",
     [
-        {"kind": "all", "start": 0, "stop": 1, "sweep": 0},
-        {"kind": "window", "start": 3, "stop": 1, "sweep": 0},
-        {"kind": "window", "start": -3, "stop": 1, "sweep": 0},
-        {"kind": "window", "start": 0, "stop": 2**40, "sweep": 0},
+        {"kind": "all", "start": 0, "stop": 1, "picked": None, "sweep": 0},
+        {"kind": "window", "start": 3, "stop": 1, "picked": None, "sweep": 0},
+        {"kind": "window", "start": -3, "stop": 1, "picked": None, "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 2**40, "picked": None, "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 4, "picked": [1, 4], "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 4, "picked": [2, 1], "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 4, "picked": "12", "sweep": 0},
         {"kind": "window", "start": 0, "stop": 1},
         "everything",
     ],
