@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread wheel clean
+.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread kill-sweep wheel clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
 	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
+	@echo 'make kill-sweep  a run ended at every change to the file system, taken up again, compared bit by bit'
 	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
 	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
 
@@ -86,6 +87,10 @@ define run_preset
 	@cmake --build --preset $(1) --parallel $(JOBS)
 	ctest --preset $(1)
 endef
+
+# Every point of a 12-round run, half-done writes, and kills while a run is taken up; the tests do a third of a short one.
+kill-sweep: build
+	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
 
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
 wheel: venv

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine import data
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
+from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters

@@ -8,7 +8,7 @@ import pytest
 
 import chainfed_engine as cfe
 from chainfed_engine import api
-from chainfed_engine.config import load_config
+from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.types import layer_of_key
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
+from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.errors import ConfigError
 
 MINIMAL = '[model]\nstore = "store"\n[data]\ntrain = "train.csv"\nlabel = "label"\n'

@@ -54,7 +54,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.progress import RunProgress
-    from chainfed_engine.config import load_config
+    from chainfed_engine.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     out = Path(options.out)

@@ -192,6 +192,11 @@ class Server:
             self._only_non_finite &= only_non_finite(rejected)
         return summary
 
+    def forget(self, clients: Iterable[str]) -> None:
+        """Rely no longer on what these clients hold: they answered a server that is gone, or were started anew."""
+        for client in clients:
+            self._holdings.forget(client)
+
     def _collector(self, pending: dict[str, Task]) -> ProfileCollector | UpdateCollector:
         if self._profile_pending:
             depths = self._missing_depths()
