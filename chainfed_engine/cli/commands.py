@@ -94,6 +94,13 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    from chainfed_engine.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.doctor import examine, render
 

@@ -128,6 +128,11 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)
 
+    report = subparsers.add_parser("report", help="one HTML page with the plots of a run, or comparing several")
+    report.add_argument("runs", metavar="DIR", nargs="+", help="run directory; several are compared")
+    report.add_argument("--out", metavar="FILE", help="page to write (default: report.html in DIR; for several, here)")
+    report.set_defaults(command=commands.report)
+
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="int4", choices=BLOCK_FORMATS, help="of layers (default: int4)")
