@@ -16,6 +16,7 @@ from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
+from chainfed_engine.federation.events import plan_event
 from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
@@ -128,6 +129,10 @@ class Session:
             if on_event is not None:
                 on_event({"rounds": self.config.rounds, **event})
 
+        if not resume:
+            event = plan_event(self.plan)
+            directory.record(event)
+            emit(event)
         return fit(
             self.server,
             self.transport,

@@ -24,7 +24,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"profile", "step", "methods", "client", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "export", "report"}),
+    frozenset({"api", "export", "report", "study"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {
