@@ -1,4 +1,4 @@
-# make demo | test | lint | build | sanitize | bench-kernels | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# make demo | test | lint | build | sanitize | test-aarch64 | bench-kernels | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
 # The package is installed in editable mode and the native module is built into the source tree, so that there is one
 # copy of everything and neither tests nor demo can run a stale one.
 PYTHON ?= python3
@@ -12,7 +12,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread bench-kernels wheel clean
+.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread test-aarch64 bench-kernels wheel clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
 	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
+	@echo 'make test-aarch64  the C++ tests cross-compiled and under qemu, with CPUs that have and lack each extension'
 	@echo 'make bench-kernels  every kernel against torch, FBGEMM, bitsandbytes and memcpy (BENCH=--quick: two minutes)'
 	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
 	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
@@ -70,6 +71,7 @@ lint: venv
 
 test: lint build sanitize-address
 	ctest --test-dir build --output-on-failure
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
 
 # The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
@@ -80,6 +82,9 @@ sanitize-address: venv
 
 sanitize-thread: venv
 	$(call run_preset,tsan)
+
+test-aarch64: venv
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
 
 define run_preset
 	@mkdir -p build
