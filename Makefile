@@ -66,6 +66,7 @@ lint: venv  ## ruff, mypy, clang-format
 
 test: lint build sanitize-address  ## linters, C++ tests (plain and sanitized), Python tests
 	ctest --test-dir build --output-on-failure
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
 
 # The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
@@ -76,6 +77,9 @@ sanitize-address: venv  ## the C++ tests with address and undefined-behaviour sa
 
 sanitize-thread: venv  ## the C++ tests with the thread sanitizer
 	$(call run_preset,tsan)
+
+test-aarch64: venv  ## the C++ tests cross-compiled, under qemu, with CPUs that have and lack each extension
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
 
 define run_preset
 	@mkdir -p build
