@@ -12,12 +12,12 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread test-aarch64 bench-kernels wheel clean
+.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread sanitize-thread-short test-aarch64 bench-kernels wheel clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo   convert a real model, fine-tune it under a byte budget, evaluate'
-	@echo 'make test   linters, C++ tests (plain and with address and undefined-behaviour sanitizers), Python tests'
+	@echo 'make test   linters, C++ tests (plain, with sanitizers, for Arm where qemu is), Python tests'
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
 	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
@@ -69,7 +69,7 @@ lint: venv
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build sanitize-address
+test: lint build sanitize-address sanitize-thread-short
 	ctest --test-dir build --output-on-failure
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
@@ -83,13 +83,22 @@ sanitize-address: venv
 sanitize-thread: venv
 	$(call run_preset,tsan)
 
+# What runs threads of its own: the pool and the store's reader.
+sanitize-thread-short: venv
+	$(call build_preset,tsan,base_test store_test)
+	ctest --preset tsan --tests-regex '^(base|store)_test$$'
+
 test-aarch64: venv
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
 
-define run_preset
+define build_preset
 	@mkdir -p build
 	@cmake --preset $(1) >build/$(1).log || { cat build/$(1).log; exit 1; }
-	@cmake --build --preset $(1) --parallel $(JOBS)
+	@cmake --build --preset $(1) --parallel $(JOBS) $(if $(2),--target $(2))
+endef
+
+define run_preset
+	$(call build_preset,$(1))
 	ctest --preset $(1)
 endef
 
