@@ -4,7 +4,8 @@ Every event carries `round`: the number (from 0) of the round it belongs to or f
 `plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
 over the counted clients. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange. `resume`: a
-run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
+run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more that are
+never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long; `end` (`error`: text or null).
 """
 
 import math
