@@ -18,7 +18,12 @@ from chainfed_engine.errors import ConfigError
 from chainfed_engine.sizes import parse_size
 from chainfed_engine.types import TaskKind
 
-Method = Literal["chain", "none", "linear-probe", "top-window", "full-adapters"]
+Method = Literal[
+    "chain", "none", "linear-probe", "top-window", "full-adapters", "lora", "fedra", "flora", "fwdllm", "fedkseed"
+]
+FORWARD_ONLY: tuple[Method, ...] = ("fwdllm", "fedkseed")  # no backward pass: only losses are computed
+END_TO_END: tuple[Method, ...] = ("full-adapters", "lora", "fedra", "flora", *FORWARD_ONLY)
+LORA_METHODS: tuple[Method, ...] = ("lora", "flora")  # these train LoRA, whatever [chain] adapter says
 
 
 def _in(
@@ -70,12 +75,38 @@ class ChainConfig:
     budget: int | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
     cache_format: Literal["auto", "int8", "bf16", "f32"] = _in("memory", "auto")
 
+    # of the methods that `chain` is compared with
+    random_layers: int | None = _in("baseline", None, low=1, high=1024, none="auto")  # FedRA: a client; None: half
+    min_rank: int | None = _in("baseline", None, low=1, high=4096, none="auto")  # FLoRA: None: a quarter of the largest
+    perturbations: int = _in("baseline", 10, low=1, high=10**6)  # FwdLLM: directions a batch
+    perturbation_step: float = _in("baseline", 1e-3, above=True, high=1)  # FwdLLM, FedKSeed
+    max_variance: float = _in("baseline", 1.0, above=True, high=1e6)  # FwdLLM: of the mean, relative to its square
+    max_gather_rounds: int = _in("baseline", 2, low=1)  # FwdLLM: rounds whose gradients go into one update, at most
+    num_seeds: int = _in("baseline", 1024, low=1, high=2**20)  # FedKSeed
+
     clients_per_round: int = _in("federation", 5, low=1)
+    # budgets dealt evenly to the clients, such as "512MiB, 1GiB"; one that cannot hold the method is left out
+    client_budgets: str | None = _in("federation", None, none="none")
     profile_clients: int = _in("federation", 16, low=1)
     eval_every: int = _in("federation", 0)  # 0: only at the end
+    aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = _in("federation", "mean")
+    # share of a cohort that the robust rules take to be hostile
+    hostile_share: float = _in("federation", 0.1, high=0.49)
+    norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    deadline_seconds: float = _in("federation", 0.0, high=1e9)  # of an exchange; 0: none
+    quorum: float = _in("federation", 1.0, above=True, high=1)  # share of the cohort that ends an exchange ...
+    grace_seconds: float = _in("federation", 0.0, high=1e9)  # ... so long after it answered
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.method in LORA_METHODS:
+            object.__setattr__(self, "adapter", "lora")
+        if self.client_budgets is not None:
+            parse_sizes("[federation] client_budgets", self.client_budgets)
+        if self.min_rank is not None and self.min_rank > self.adapter_size:
+            raise ConfigError(
+                f"[baseline] min_rank: expected at most [chain] adapter_size ({self.adapter_size}), got {self.min_rank}"
+            )
         if self.probe_rounds > self.rounds:
             raise ConfigError(
                 f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
@@ -97,6 +128,7 @@ class DataConfig:
     prompt: str = _in("data", "prompt")
     response: str | None = _in("data", None, none="none")
     client: str | None = _in("data", None, none="none")
+    client_budget: str | None = _in("data", None, none="none")  # a column with each client's memory, bytes or "1GiB"
     partition: Literal["auto", "dirichlet", "iid"] = _in("data", "auto")
     alpha: float = _in("data", 1.0, above=True, high=1e6)  # small: clients of few labels; large: like IID
     num_clients: int = _in("data", 8, low=1, high=10**6)
@@ -130,6 +162,14 @@ class RunConfig:
     chain: ChainConfig
     data: DataConfig
     store: str
+
+
+def parse_sizes(name: str, text: str) -> list[int]:
+    """Bytes of sizes with commas between them. Raises ConfigError that starts with `name`."""
+    try:
+        return [parse_size(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_fields(record: ChainConfig | DataConfig) -> None:

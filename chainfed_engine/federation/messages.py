@@ -24,12 +24,13 @@ def task_record(task: Task) -> dict[str, Any]:
         "stage": _stage_record(task.stage),
         "settings": dict(task.settings),
         "versions": dict(task.versions),
+        "base": task.base,
     }
 
 
 def task_from(record: object, arrays: Arrays) -> Task:
     """Raises CorruptFile naming the field."""
-    fields = _fields(record, "task", {"kind", "client", "round_id", "stage", "settings", "versions"})
+    fields = _fields(record, "task", {"kind", "client", "round_id", "stage", "settings", "versions", "base"})
     return Task(
         _kind(fields),
         _text(fields, "client"),
@@ -38,6 +39,7 @@ def task_from(record: object, arrays: Arrays) -> Task:
         arrays,
         _mapping(fields, "settings", (int, float, str, bool)),
         _mapping(fields, "versions", (str,)),
+        _text(fields, "base"),
     )
 
 
@@ -49,12 +51,15 @@ def reply_record(reply: Reply) -> dict[str, Any]:
         "num_samples": reply.num_samples,
         "metrics": dict(reply.metrics),
         "error": reply.error,
+        "stage": _stage_record(reply.stage),
+        "base": reply.base,
     }
 
 
 def reply_from(record: object, arrays: Arrays) -> Reply:
     """Raises CorruptFile naming the field."""
-    fields = _fields(record, "reply", {"kind", "client", "round_id", "num_samples", "metrics", "error"})
+    names = {"kind", "client", "round_id", "num_samples", "metrics", "error", "stage", "base"}
+    fields = _fields(record, "reply", names)
     error = None if fields["error"] is None else _text(fields, "error")
     return Reply(
         _kind(fields),
@@ -64,26 +69,42 @@ def reply_from(record: object, arrays: Arrays) -> Reply:
         arrays,
         _mapping(fields, "metrics", (int, float)),
         error,
+        _stage(fields["stage"]),
+        _text(fields, "base"),
     )
 
 
 def _stage_record(stage: Stage | None) -> dict[str, Any] | None:
     if stage is None:
         return None
-    return {"kind": stage.kind, "start": stage.window.start, "stop": stage.window.stop, "sweep": stage.sweep}
+    window = stage.window
+    picked = None if window.picked is None else list(window.picked)
+    return {"kind": stage.kind, "start": window.start, "stop": window.stop, "picked": picked, "sweep": stage.sweep}
 
 
 def _stage(record: object) -> Stage | None:
     if record is None:
         return None
-    fields = _fields(record, "stage", {"kind", "start", "stop", "sweep"})
+    fields = _fields(record, "stage", {"kind", "start", "stop", "picked", "sweep"})
     kind = fields["kind"]
     if kind not in ("probe", "window"):
         raise CorruptFile(f"message: expected a stage of kind probe or window, got {kind!r:.60}")
     start, stop = (_whole(fields[name], f"stage {name}", _MAX_LAYER) for name in ("start", "stop"))
     if start > stop:
         raise CorruptFile(f"message: expected a window from below to above, got {start} to {stop}")
-    return Stage(kind, Window(start, stop), _whole(fields["sweep"], "stage sweep", 2**53))
+    return Stage(
+        kind, Window(start, stop, _picked(fields["picked"], start, stop)), _whole(fields["sweep"], "stage sweep", 2**53)
+    )
+
+
+def _picked(layers: object, start: int, stop: int) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if not isinstance(layers, list) or not all(type(layer) is int and start <= layer < stop for layer in layers):
+        raise CorruptFile(f"message: stage picked: expected layers {start} to {stop - 1}, got {layers!r:.100}")
+    if layers != sorted(set(layers)):
+        raise CorruptFile(f"message: stage picked: expected layers in ascending order, each once, got {layers!r:.100}")
+    return tuple(layers)
 
 
 def _fields(record: object, what: str, names: set[str]) -> Mapping[str, Any]:
