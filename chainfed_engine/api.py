@@ -11,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine import data
-<<<<<<< HEAD
 from chainfed_engine.callbacks import Callback, notify
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
-=======
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
->>>>>>> main
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import CorruptFile, DataError, StorageError

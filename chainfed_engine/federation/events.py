@@ -3,15 +3,11 @@
 Every event carries `round`: the number (from 0) of the round it belongs to or follows, -1 before the first.
 `plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
-<<<<<<< HEAD
-over the counted clients. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange. `resume`: a
-run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more that are
-never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long; `end` (`error`: text or null).
-=======
 over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
 rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
-`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
->>>>>>> main
+`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
+that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
+text or null).
 """
 
 import math
