@@ -19,6 +19,7 @@ from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import batch_on
 from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective
 from chainfed_engine.objective.stand_in import StandIn
 from chainfed_engine.parameters import Parameters
@@ -55,7 +56,7 @@ class StageTrainer:
         if task == "classification":
             if num_labels < 2:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
-            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
+            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed).to(model.device)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
                 classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
@@ -65,7 +66,9 @@ class StageTrainer:
                     f"task: {model.shape.architecture} has no LM head; give labels for classification"
                 )
             self.readout = CausalReadout(model.final_norm, model.head)
-        self.adapters: dict[int, Adapter] = {layer: self.new_adapter(layer) for layer in range(model.num_layers)}
+        self.adapters: dict[int, Adapter] = {
+            layer: self.new_adapter(layer).to(model.device) for layer in range(model.num_layers)
+        }
         self.parameters = Parameters(self.adapters, classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
         self.window: TrainedWindow | None = None
@@ -124,7 +127,7 @@ class StageTrainer:
         for micro, share in self._micro_batches(batch):
             boundary = self.boundary(micro)
             hidden = self.window(boundary, self.model.context(micro))
-            loss = self.objective(hidden, micro) * share
+            loss = self.objective(hidden, batch_on(micro, hidden.device)) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -183,6 +186,7 @@ class StageTrainer:
             if index % BATCHES_A_TRIM == 0:
                 native.trim_heap()  # buffers of ever other sizes touch the whole heap that training left
             samples += len(batch.sample_ids)
+            batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):
                 losses = self.readout.token_losses(hidden, batch)
             else:
