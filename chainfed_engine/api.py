@@ -19,12 +19,12 @@ from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.files import write_text
 from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
+from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, TaskKind
 
 LABELS_FILE = "labels.json"
-BYTES_A_TOKEN = 8  # int32 ids, and labels of a causal LM
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     table = data.read_table(data_file, config.data.columns)
     encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store), config.chain, _plan(config, {}, encoded), encoded.task, num_labels=len(encoded.label_names)
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -154,7 +154,7 @@ def _run(
         if on_event is not None:
             on_event(event)
 
-    plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    plan = _plan(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
@@ -174,10 +174,20 @@ def _run(
     return Result(result.parameters, result.evaluation, events, out)
 
 
-def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
+def _plan(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
     """The run's plan, its samples counted in; nothing is written or allocated before it."""
-    num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
-    return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
+    parts = [*clients.values(), *([evaluation] if evaluation is not None else [])]
+    chain, largest = config.chain, max(part.num_tokens for part in parts)
+    if chain.max_local_steps:
+        largest = min(largest, chain.max_local_steps * chain.batch_size * chain.sequence_length)
+    facts = DataFacts(
+        longest_tokens=max(len(ids) for part in parts for ids in part.input_ids),
+        most_targets=max(part.most_targets for part in parts),
+        largest_client_samples=max((len(part) for part in clients.values()), default=0),
+        num_clients=len(clients) or None,
+    )
+    info = StoreInfo.read(config.store)
+    return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
 
 
 def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
