@@ -9,6 +9,7 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 from dataclasses import dataclass, field
 from typing import Literal
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.types import ModelShape, TaskKind
 
@@ -20,8 +21,6 @@ HEAP_BYTES = 12 * MIB  # free memory at the top of the heap (8 MiB) and holes be
 HEAD_WORKSPACE_BYTES = 4 * MIB
 BATCH_TOKEN_BYTES = 24  # ids, mask and labels of a batch, int64
 MAX_CKA_TOKENS = 2048
-STAND_IN_BATCHES = 16
-STATISTICS_BYTES, ROWS_BYTES = 32 * MIB, 64 * MIB  # of one exchange; of all clients' rows for one depth
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def profile_bytes(request: Request) -> int:
         rows, depths = _profile_rows(request), _depths_at_once(shape)
         columns = 2 * width + 1
         kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
-        reducing = F64 * rows * columns * (2 if rows > columns else 1)
+        reducing = F64 * rows * columns * 2 if rows > columns else 0
         total = max(total + F32 * depths * rows * width, F32 * tokens * width + kept + reducing)
     return total
 
@@ -196,10 +195,12 @@ def solve_bytes(request: Request) -> int:
     width = shape.hidden_size
     columns = 2 * width + 1
     rows = min(_profile_rows(request) * _profile_clients(request), columns)
-    factors = _depths_at_once(shape) * F64 * rows * columns
     rank = min(rows, width)
-    singular = rows * width + rows * rank + rank * width + 4 * rank * rank + 2 * rank * width
-    return factors + F64 * (2 * rows * columns + singular)
+    # Statistics of the exchange (float32 rows, float64 once reduced), one depth's while the next reply is added.
+    one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
+    reply = F32 * min(_profile_rows(request), columns) * columns
+    result = F64 * (2 * rank * width + 3 * rank * rank + 3 * 512 * max(rows, width))
+    return _depths_at_once(shape) * one + max(one + reply, result + F32 * width * width)
 
 
 def stand_in_bytes(request: Request) -> int:
@@ -227,7 +228,7 @@ def _profile_clients(request: Request) -> int:
 
 def _profile_tokens(request: Request) -> int:
     """Of one client."""
-    batches = -(-STAND_IN_BATCHES // _profile_clients(request)) if request.config.stand_in else 1
+    batches = -(-stand_in.BATCHES // _profile_clients(request)) if request.config.stand_in else 1
     samples = batches * request.config.batch_size
     if request.facts.largest_client_samples is not None:
         samples = min(samples, request.facts.largest_client_samples)
@@ -236,10 +237,10 @@ def _profile_tokens(request: Request) -> int:
 
 def _profile_rows(request: Request) -> int:
     """Of one client and depth: tokens for a causal LM, pooled samples for a classifier."""
-    limit = -(-(ROWS_BYTES // (F32 * (2 * request.shape.hidden_size + 1))) // _profile_clients(request))
+    limit = -(-stand_in.rows_in_all(request.shape.hidden_size) // _profile_clients(request))
     tokens = _profile_tokens(request)
     return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
 
 
 def _depths_at_once(shape: ModelShape) -> int:
-    return int(max(1, min(shape.num_layers, STATISTICS_BYTES // (F32 * (2 * shape.hidden_size + 1) ** 2))))
+    return min(stand_in.depths_at_once(shape.hidden_size), shape.num_layers)
