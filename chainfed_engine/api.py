@@ -125,7 +125,11 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     table = data.read_table(data_file, config.data.columns)
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, plan_run(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store),
+        config.chain,
+        plan_run(config, {}, encoded),
+        encoded.task,
+        num_labels=len(encoded.label_names),
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -172,7 +176,7 @@ def _train(
         events.append(dict(event))
         notify(callbacks, event)
 
-    plan = plan_run(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
