@@ -89,6 +89,13 @@ class ChainConfig:
     client_budgets: str | None = _in("federation", None, none="none")
     profile_clients: int = _in("federation", 16, low=1)
     eval_every: int = _in("federation", 0)  # 0: only at the end
+    aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = _in("federation", "mean")
+    # share of a cohort that the robust rules take to be hostile
+    hostile_share: float = _in("federation", 0.1, high=0.49)
+    norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    deadline_seconds: float = _in("federation", 0.0, high=1e9)  # of an exchange; 0: none
+    quorum: float = _in("federation", 1.0, above=True, high=1)  # share of the cohort that ends an exchange ...
+    grace_seconds: float = _in("federation", 0.0, high=1e9)  # ... so long after it answered
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -70,7 +70,8 @@ class Task:
     """Server to client. `arrays` holds only what the client lacks; it keeps what it got before.
 
     `versions`: fingerprint of every parameter the task needs, so that a client can tell what of its own still stands
-    and the stage sees exactly these. An adapter that is not named is untrained: the identity.
+    and the stage sees exactly these. An adapter that is not named is untrained: the identity. `base`: fingerprint of
+    the frozen model that all clients must share ("": not compared).
     """
 
     kind: Literal["profile", "train", "evaluate"]
@@ -80,11 +81,13 @@ class Task:
     arrays: Arrays = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    base: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Client to server. `arrays`: the trained parameters (train) or statistics (profile)."""
+    """Client to server. `arrays`: the trained parameters (train) or statistics (profile). `stage` and `base` are what
+    the client really trained and on which frozen model."""
 
     kind: Literal["profile", "train", "evaluate"]
     client: str
@@ -93,6 +96,8 @@ class Reply:
     arrays: Arrays = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None  # one line; a reply with an error carries no arrays
+    stage: Stage | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 Every event carries `round`: the number (from 0) of the round it belongs to or follows, -1 before the first.
 `plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
-over the counted clients. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange. `resume`: a
-run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
+over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
+rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
+`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
+that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
+text or null).
 """
 
 import math
@@ -29,6 +32,7 @@ def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float
         event: Event = {"event": "profile", "round": summary.follows_round, "attempt": summary.index, "cka": scores}
     else:
         event = {"event": "round", "round": summary.index, "rounds": rounds, "loss": summary.loss}
+        event |= {"typical_norm": summary.typical_norm}
     if summary.stage is not None:
         window = summary.stage.window
         event |= {"stage": summary.stage.kind, "window": [window.start, window.stop], "sweep": summary.stage.sweep}
@@ -37,6 +41,8 @@ def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float
         "accepted": summary.accepted,
         "clients": list(summary.clients),
         "rejected": dict(summary.rejected),
+        "silent": list(summary.silent),
+        "late": summary.num_late,
         "bytes_sent": summary.bytes_down + summary.bytes_up,
         "bytes_down": summary.bytes_down,
         "bytes_up": summary.bytes_up,

@@ -24,12 +24,13 @@ def task_record(task: Task) -> dict[str, Any]:
         "stage": _stage_record(task.stage),
         "settings": dict(task.settings),
         "versions": dict(task.versions),
+        "base": task.base,
     }
 
 
 def task_from(record: object, arrays: Arrays) -> Task:
     """Raises CorruptFile naming the field."""
-    fields = _fields(record, "task", {"kind", "client", "round_id", "stage", "settings", "versions"})
+    fields = _fields(record, "task", {"kind", "client", "round_id", "stage", "settings", "versions", "base"})
     return Task(
         _kind(fields),
         _text(fields, "client"),
@@ -38,6 +39,7 @@ def task_from(record: object, arrays: Arrays) -> Task:
         arrays,
         _mapping(fields, "settings", (int, float, str, bool)),
         _mapping(fields, "versions", (str,)),
+        _text(fields, "base"),
     )
 
 
@@ -49,12 +51,15 @@ def reply_record(reply: Reply) -> dict[str, Any]:
         "num_samples": reply.num_samples,
         "metrics": dict(reply.metrics),
         "error": reply.error,
+        "stage": _stage_record(reply.stage),
+        "base": reply.base,
     }
 
 
 def reply_from(record: object, arrays: Arrays) -> Reply:
     """Raises CorruptFile naming the field."""
-    fields = _fields(record, "reply", {"kind", "client", "round_id", "num_samples", "metrics", "error"})
+    names = {"kind", "client", "round_id", "num_samples", "metrics", "error", "stage", "base"}
+    fields = _fields(record, "reply", names)
     error = None if fields["error"] is None else _text(fields, "error")
     return Reply(
         _kind(fields),
@@ -64,6 +69,8 @@ def reply_from(record: object, arrays: Arrays) -> Reply:
         arrays,
         _mapping(fields, "metrics", (int, float)),
         error,
+        _stage(fields["stage"]),
+        _text(fields, "base"),
     )
 
 

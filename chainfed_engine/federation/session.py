@@ -17,6 +17,7 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.federation.events import plan_event
+from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
@@ -108,15 +109,16 @@ class Session:
         self.config = replace(config, cache_format=plan.choices.cache_format)
         self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
         self.store = self.trainer.model.store
+        base = self.store.fingerprint
         members = [
-            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id)
+            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id, base=base)
             for name, data in clients.items()
         ]
-        self.transport = LocalTransport(members)
-        self.evaluator = Client("evaluator", evaluation, self.trainer, pad_id=pad_id) if evaluation else None
+        self.transport = LocalTransport(members, patience=Patience.of(self.config))
+        self.evaluator = Client("evaluator", evaluation, self.trainer, pad_id=pad_id, base=base) if evaluation else None
         initial = self.trainer.parameters.export()
         samples = self.transport.client_samples
-        self.server = Server(self.config, self.trainer.model.shape, initial, samples, self.task)
+        self.server = Server(self.config, self.trainer.model.shape, initial, samples, self.task, base=base)
 
     def run(
         self, directory: RunDirectory, *, on_event: Callable[[Event], None] | None = None, resume: bool = False

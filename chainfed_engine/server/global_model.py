@@ -10,7 +10,7 @@ import numpy as np
 
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.types import Arrays, Stage, TaskKind, stand_in_key
+from chainfed_engine.types import Arrays, Stage, TaskKind, Window, stand_in_key
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
 
@@ -68,6 +68,14 @@ class GlobalModel:
         classifier = self._trained.classifier_keys() if self._trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
 
+    def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
+        """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
+        end where everybody's do, so one stand-in serves all, and every position of the chain lends it another layer."""
+        window = stage.window
+        if stage.kind != "window" or max_layers is None or max_layers >= len(window.layers):
+            return stage
+        return Stage(stage.kind, Window(window.stop - max_layers, window.stop), stage.sweep)
+
     def needed(self, stage: Stage | None, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all that the model at this stage is made of; None: adapters before any training.
 
@@ -90,6 +98,11 @@ class GlobalModel:
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
         return self.select(self._model_keys())
+
+    def known(self, versions: Mapping[str, str]) -> dict[str, str]:
+        """Of what somebody says to hold, the parameters of this model; a bound on what is remembered of a claim."""
+        keys = {*self._trained.sorted_keys(), *self._stand_ins.sorted_keys()}
+        return {key: version for key, version in versions.items() if key in keys and len(version) <= 64}
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters, the classifier or the method's own arrays."""

@@ -20,7 +20,8 @@ def _task(client: str, **fields: Any) -> Task:
 
 
 def _reply(client: str, value: float = 1.0) -> Reply:
-    return Reply("train", client, 3, 5, {"x": np.full(3, value, np.float32)}, {"loss": 0.5})
+    stage = Stage("window", Window(2, 4), 1)
+    return Reply("train", client, 3, 5, {"x": np.full(3, value, np.float32)}, {"loss": 0.5}, stage=stage, base="f00")
 
 
 TASKS = [_task("a"), _task("b"), _task("c")]
@@ -143,6 +144,9 @@ def test_a_reply_with_a_field_that_cannot_be_is_refused_by_name(field: str, valu
         {"kind": "window", "start": 3, "stop": 1, "picked": None, "sweep": 0},
         {"kind": "window", "start": -3, "stop": 1, "picked": None, "sweep": 0},
         {"kind": "window", "start": 0, "stop": 2**40, "picked": None, "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 1, "picked": [1], "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 9, "picked": [2, 1], "sweep": 0},
+        {"kind": "window", "start": 0, "stop": 9, "picked": ["1"], "sweep": 0},
         {"kind": "window", "start": 0, "stop": 4, "picked": [1, 4], "sweep": 0},
         {"kind": "window", "start": 0, "stop": 4, "picked": [2, 1], "sweep": 0},
         {"kind": "window", "start": 0, "stop": 4, "picked": "12", "sweep": 0},

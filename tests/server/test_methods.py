@@ -40,7 +40,7 @@ def flora_reply(task: Task, server: Server) -> Reply:
         size = {"a": (rank, HIDDEN), "b": (HIDDEN, rank), "base": None}.get(key.rsplit("_", 1)[1], array.shape)
         if size is not None:
             arrays[key] = generator.normal(size=size).astype(np.float32)
-    return Reply("train", task.client, task.round_id, CLIENTS[task.client], arrays, {"loss": 1.0})
+    return Reply("train", task.client, task.round_id, CLIENTS[task.client], arrays, {"loss": 1.0}, stage=task.stage)
 
 
 # -- FedRA -------------------------------------------------------------------------------------------------------
@@ -89,7 +89,9 @@ def test_fedra_refuses_an_update_of_layers_that_the_client_was_not_given() -> No
     server = make_server(method="fedra", random_layers=1, rounds=1, clients_per_round=1)
     (task,) = server.next_tasks()
     whole = {key: array for key, array in server.parameters().items()}
-    summary = server.receive([Reply("train", task.client, 0, CLIENTS[task.client], whole, {"loss": 1.0})])
+    summary = server.receive(
+        [Reply("train", task.client, 0, CLIENTS[task.client], whole, {"loss": 1.0}, stage=task.stage)]
+    )
     assert not summary.accepted and "not asked for" in summary.rejected[task.client]
 
 
@@ -126,7 +128,9 @@ def test_flora_clients_have_ranks_of_their_own_and_send_no_more() -> None:
         key: np.ones((rank, HIDDEN), np.float32) if key.endswith("_a") else array
         for key, array in too_large.arrays.items()
     }
-    summary = server.receive([Reply("train", tasks[0].client, 0, too_large.num_samples, arrays, {"loss": 1.0})])
+    summary = server.receive(
+        [Reply("train", tasks[0].client, 0, too_large.num_samples, arrays, {"loss": 1.0}, stage=tasks[0].stage)]
+    )
     assert not summary.accepted
 
 
@@ -143,7 +147,7 @@ def test_flora_starts_every_round_from_fresh_factors() -> None:
 
 
 def gradient_reply(task: Task, server: Server, gradient: Arrays) -> Reply:
-    return Reply("train", task.client, task.round_id, CLIENTS[task.client], gradient, {"loss": 1.0})
+    return Reply("train", task.client, task.round_id, CLIENTS[task.client], gradient, {"loss": 1.0}, stage=task.stage)
 
 
 def gradients(server: Server, seed: int, *, common: float) -> Arrays:
@@ -201,7 +205,7 @@ def kseed_reply(task: Task, size: int) -> Reply:
     steps = np.zeros(size, np.float32)
     steps[np.random.default_rng(int(task.settings["seed"])).integers(size, size=4)] += 0.01
     arrays = {SEED_COEFFICIENTS: steps}
-    return Reply("train", task.client, task.round_id, CLIENTS[task.client], arrays, {"loss": 1.0})
+    return Reply("train", task.client, task.round_id, CLIENTS[task.client], arrays, {"loss": 1.0}, stage=task.stage)
 
 
 @pytest.mark.parametrize("num_layers", [2, 12])

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from chainfed_engine.config import ChainConfig
-from chainfed_engine.server.aggregate import federated_average
+from chainfed_engine.server.aggregate import aggregate
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.types import Arrays, Reply, Scalar, Stage, Task
 
 
 class Averaging:
+    averages_values = True  # whether replies hold values of parameters, which any rule of aggregation may combine
+
     def __init__(self, config: ChainConfig, model: GlobalModel) -> None:
         self.config, self.model = config, model
 
@@ -43,6 +45,10 @@ class Averaging:
         assert task.stage is not None
         return self.model.trained(task.stage)
 
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        """What an update that answers `task` is measured from, to tell how large it is: here the global values."""
+        return self.expected(task)
+
     def combine(self, replies: Mapping[str, Reply]) -> Arrays:
         """New values of global arrays from at least one usable reply, by client name."""
-        return federated_average(replies)
+        return aggregate(self.config.aggregation, replies, hostile_share=self.config.hostile_share)

@@ -19,6 +19,11 @@ from chainfed_engine.types import SEED_COEFFICIENTS, Arrays, Reply, Stage, Task
 
 
 class SeedSums(Averaging):
+    averages_values = False
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
+
     def __init__(self, config: ChainConfig, model: GlobalModel) -> None:
         super().__init__(config, model)
         self._origin = model.parameters()

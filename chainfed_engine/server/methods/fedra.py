@@ -6,14 +6,11 @@ Tuning to Unleash the Power of Heterogeneous Clients", ECCV 2024, arXiv 2311.112
 of layers, and adapters are those of the configuration.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from chainfed_engine.server.aggregate import federated_average
 from chainfed_engine.server.methods.averaging import Averaging
 from chainfed_engine.server.sampling import LAYER_STREAM, client_seed
-from chainfed_engine.types import Arrays, Reply, Stage, Window
+from chainfed_engine.types import Arrays, Stage, Window
 
 
 class RandomLayers(Averaging):
@@ -27,14 +24,3 @@ class RandomLayers(Averaging):
 
     def needed(self, stage: Stage, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         return self.model.select(list(self.model.trained(stage)))
-
-    def combine(self, replies: Mapping[str, Reply]) -> Arrays:
-        combined: Arrays = {}
-        for key in sorted({key for reply in replies.values() for key in reply.arrays}):
-            trained = {
-                name: Reply(reply.kind, reply.client, reply.round_id, reply.num_samples, {key: reply.arrays[key]})
-                for name, reply in replies.items()
-                if key in reply.arrays
-            }
-            combined |= federated_average(trained)
-        return combined

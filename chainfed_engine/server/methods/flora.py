@@ -18,6 +18,11 @@ from chainfed_engine.types import Arrays, Reply, Scalar, Stage, Task
 
 
 class Stacking(Averaging):
+    averages_values = False
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
+
     def needed(self, stage: Stage, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         """The classifier and every base that is not zero; the factors start anew on the client."""
         trained = self.model.trained(stage)

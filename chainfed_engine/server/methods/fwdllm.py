@@ -13,13 +13,18 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server.methods.averaging import Averaging
-from chainfed_engine.types import Arrays, Reply
+from chainfed_engine.types import Arrays, Reply, Task
 
 SUMS = "method.gathered."  # + key: sum of samples * gradient
 COUNTS = "method.gathered_counts"  # samples, sum of samples^2, sum of samples^2 * |gradient|^2, rounds
 
 
 class ForwardGradients(Averaging):
+    averages_values = False
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
+
     @classmethod
     def extra_state(cls, config: ChainConfig, initial: Mapping[str, np.ndarray]) -> Arrays:
         return {**{SUMS + key: np.zeros_like(array) for key, array in initial.items()}, COUNTS: np.zeros(4, np.float32)}
