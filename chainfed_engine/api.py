@@ -122,7 +122,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = data.read_table(data_file, config.data.columns)
-    encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
+    encoded = _encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
         Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
     )
@@ -141,6 +141,7 @@ def _run(
     on_event: Callable[[Mapping[str, Any]], None] | None,
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = _encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -165,6 +166,17 @@ def _run(
         _keep_labels(out, labels, resume=resume)
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
 def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
@@ -216,13 +228,13 @@ def _client_table(clients: Any, column: str) -> tuple[Table, str]:
 def _keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
     """Write labels.json once; a run that is taken up must have the same labels in the same order."""
     if resume and (out / LABELS_FILE).exists():
-        if _read_labels(out) != labels:
+        if read_labels(out) != labels:
             raise DataError(f"{out}: resume: the data's labels differ from the saved run's; use the same data")
     elif labels:
         write_text(out / LABELS_FILE, json.dumps(labels))
 
 
-def _read_labels(run_dir: Path) -> list[str]:
+def read_labels(run_dir: Path) -> list[str]:
     path = run_dir / LABELS_FILE
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"profile", "step", "client", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "export", "report"}),
+    frozenset({"api", "exports", "report"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {
