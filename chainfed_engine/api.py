@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine import data
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
-from chainfed_engine.data import EncodedData, Table, Tokenizer
+from chainfed_engine.callbacks import Callback, notify
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
+from chainfed_engine.config_file import dump_config, load_config
+from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.files import write_text
@@ -73,13 +75,15 @@ def fit(
     response: str | None = None,
     client: str = "client",
     out: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
     Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
     (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
-    the run directory; without it the result's `save` does.
+    the run directory; without it the result's `save` does. `callbacks` see every event (chainfed_engine.callbacks), and
+    so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
@@ -90,10 +94,10 @@ def fit(
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     if out is not None:
-        return _run(run_config, table, held_out, Path(out), resume=False, on_event=on_event)
+        return _run(run_config, table, held_out, Path(out), resume=False, callbacks=_watchers(callbacks, on_event))
     directory = Path(tempfile.mkdtemp(prefix="chainfed-run-"))
     try:
-        result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
+        result = _run(run_config, table, held_out, directory, resume=False, callbacks=_watchers(callbacks, on_event))
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -106,13 +110,14 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """What `chainfed run` does: the whole federation of a configuration file, into the directory `out`."""
-    wanted = [*config.data.columns, *([config.data.client] if config.data.client else [])]
+    wanted = [*config.data.columns, *filter(None, (config.data.client, config.data.client_budget))]
     table = data.read_table(config.data.train, wanted)
     held_out = data.read_table(config.data.eval, config.data.columns) if config.data.eval else None
-    return _run(config, table, held_out, Path(out), resume=resume, on_event=on_event)
+    return _run(config, table, held_out, Path(out), resume=resume, callbacks=_watchers(callbacks, on_event))
 
 
 def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
@@ -138,7 +143,26 @@ def _run(
     out: Path,
     *,
     resume: bool,
-    on_event: Callable[[Mapping[str, Any]], None] | None,
+    callbacks: Sequence[Callback],
+) -> Result:
+    error: str | None = None
+    try:
+        return _train(config, table, held_out, out, resume=resume, callbacks=callbacks)
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        notify(callbacks, {"event": "end", "error": error})
+
+
+def _train(
+    config: RunConfig,
+    table: Table,
+    held_out: Table | None,
+    out: Path,
+    *,
+    resume: bool,
+    callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     config = _with_pooling(config)
@@ -151,10 +175,11 @@ def _run(
 
     def emit(event: Mapping[str, Any]) -> None:
         events.append(dict(event))
-        if on_event is not None:
-            on_event(event)
+        notify(callbacks, event)
 
     plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    absent = _left_out(config, table, clients, plan)
+    clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
     # The session first: what it refuses (a damaged store, choices that do not fit the model) must leave no run behind.
     with (
@@ -164,6 +189,10 @@ def _run(
         RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
     ):
         _keep_labels(out, labels, resume=resume)
+        if absent and not resume:
+            event = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
+            directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
+            emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
 
@@ -179,10 +208,36 @@ def _with_pooling(config: RunConfig) -> RunConfig:
     return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
+def _watchers(
+    callbacks: Sequence[Callback], on_event: Callable[[Mapping[str, Any]], None] | None
+) -> Sequence[Callback]:
+    return [*callbacks, *([_Function(on_event)] if on_event is not None else [])]
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A plain function as a callback."""
+
+    on_event: Callable[[Mapping[str, Any]], None]
+
+
 def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
     """The run's plan, its samples counted in; nothing is written or allocated before it."""
     num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
     return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
+
+
+def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
+    """Clients whose own memory cannot hold the method, by the planner's prediction; bytes they have."""
+    column, listed = config.data.client_budget, config.chain.client_budgets
+    if column is not None:
+        sizes = budgets.by_column(table, column, {name: part.rows for name, part in clients.items()})
+    elif listed is not None:
+        parsed = parse_sizes("[federation] client_budgets", listed)
+        sizes = budgets.dealt(clients, parsed, config.chain.seed)
+    else:
+        return {}
+    return budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
 
 
 def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:

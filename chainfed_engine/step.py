@@ -65,14 +65,16 @@ class StageTrainer:
                     f"task: {model.shape.architecture} has no LM head; give labels for classification"
                 )
             self.readout = CausalReadout(model.final_norm, model.head)
-        self.adapters: dict[int, Adapter] = {
-            layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
-            for layer in range(model.num_layers)
-        }
+        self.adapters: dict[int, Adapter] = {layer: self.new_adapter(layer) for layer in range(model.num_layers)}
         self.parameters = Parameters(self.adapters, classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
         self.window: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
+
+    def new_adapter(self, layer: int) -> Adapter:
+        """The untrained adapter of a layer."""
+        config, model = self.config, self.model
+        return build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
 
     def begin(
         self,

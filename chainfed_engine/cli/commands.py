@@ -5,6 +5,7 @@ Each imports what it needs when it runs.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from chainfed_engine.sizes import format_size
@@ -53,18 +54,32 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chainfed_engine.cli.progress import RunProgress
-    from chainfed_engine.config import load_config
+    from chainfed_engine.callbacks import Progress
+    from chainfed_engine.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
-    with RunProgress(budget_bytes=config.chain.budget) as progress:
+    with Progress(budget_bytes=config.chain.budget) as progress:
         progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
-        api.run(config, out, resume=options.resume, on_event=progress)
+        api.run(config, out, resume=options.resume, callbacks=[progress])
     print(f"{out}: {progress.summary()}")
     return 0
+
+
+def study(options: argparse.Namespace) -> int:
+    from chainfed_engine.study import load_study, run_study
+
+    definition = load_study(options.config, options.overrides)
+    out = Path(options.out)
+    failed = run_study(definition, out, jobs=options.jobs, only_summary=options.summary, report=_say)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if failed:
+        _say(
+            f"chainfed: {failed} of the runs failed; their logs are in {out / 'logs'}, the next start tries them again"
+        )
+    return 2 if failed else 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -91,6 +106,13 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    from chainfed_engine.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.doctor import examine, render
 
@@ -101,6 +123,10 @@ def doctor(options: argparse.Namespace) -> int:
 
 def _path_size(path: Path) -> str:
     return _folder_size(str(path)) if path.is_dir() else format_size(path.stat().st_size)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _folder_size(folder: str) -> str:

@@ -1,15 +1,18 @@
-"""Which of the global parameters a stage trains and which it needs. Owns them: adapters, classifier, stand-ins.
+"""Which of the global parameters a stage trains and which it needs. Owns them: adapters, classifier, stand-ins, and
+what a method keeps for itself.
 
 In: float32 arrays under their keys. Out: arrays and their versions, by stage; they are shared, nobody writes to them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.types import Arrays, Stage, TaskKind, stand_in_key
+from chainfed_engine.types import Arrays, Stage, TaskKind, Window, stand_in_key
+
+METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
 
 
 class GlobalModel:
@@ -40,7 +43,22 @@ class GlobalModel:
 
     def parameters(self) -> Arrays:
         """All adapters and the classifier."""
+        return self._trained.select(self._model_keys())
+
+    def state(self) -> Arrays:
+        """These and what the method keeps beside them."""
         return self._trained.select(self._trained.sorted_keys())
+
+    def array(self, key: str) -> np.ndarray:
+        return self._trained.select([key])[key]
+
+    def select(self, keys: Iterable[str]) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of these."""
+        wanted = sorted(keys)
+        return self._trained.select(wanted), self._trained.versions(wanted)
+
+    def _model_keys(self) -> list[str]:
+        return [key for key in self._trained.sorted_keys() if not key.startswith(METHOD_PREFIX)]
 
     def stand_ins(self) -> Arrays:
         return self._stand_ins.select(self._stand_ins.sorted_keys())
@@ -49,6 +67,14 @@ class GlobalModel:
         """What this stage trains, and all that an update of it may hold."""
         classifier = self._trained.classifier_keys() if self._trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
+
+    def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
+        """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
+        end where everybody's do, so one stand-in serves all, and every position of the chain lends it another layer."""
+        window = stage.window
+        if stage.kind != "window" or max_layers is None or max_layers >= len(window.layers):
+            return stage
+        return Stage(stage.kind, Window(window.stop - max_layers, window.stop), stage.sweep)
 
     def needed(self, stage: Stage | None, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all that the model at this stage is made of; None: adapters before any training.
@@ -71,11 +97,10 @@ class GlobalModel:
 
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
-        keys = self._trained.sorted_keys()
-        return self._trained.select(keys), self._trained.versions(keys)
+        return self.select(self._model_keys())
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Install new values of adapters or the classifier."""
+        """Install new values of adapters, the classifier or the method's own arrays."""
         self._trained.replace(arrays)
 
     def set_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -14,14 +14,17 @@ PACKAGE = "chainfed_engine"
 ROOT = Path(__file__).parents[2] / PACKAGE
 
 ROWS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types", "config", "schedule", "start_layer", "stand_in", "sizes", "_version"}),
+    frozenset(
+        {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
+        | {"directions"}
+    ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
     frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
-    frozenset({"profile", "step", "client", "chain_trainer"}),
+    frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "exports", "report"}),
+    frozenset({"api", "exports", "report", "study"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {

@@ -62,7 +62,9 @@ class Site:
         arrays = {}
         for key in trained_keys(task):
             arrays[key] = held[key] + generator.normal(size=held[key].shape).astype(np.float32)
-        return Reply("train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0})
+        return Reply(
+            "train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0}, stage=task.stage
+        )
 
 
 def play(server: Server, *, rounds: int | None = None, site: Site | None = None) -> list[Summary]:
