@@ -165,6 +165,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -194,6 +195,17 @@ def _train(
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
 def _watchers(

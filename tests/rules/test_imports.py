@@ -24,7 +24,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "export", "report", "study"}),
+    frozenset({"api", "exports", "report", "study"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {
