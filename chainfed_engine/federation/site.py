@@ -29,7 +29,7 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
-OWN_FIELDS = frozenset({"budget", "client_budgets"})
+OWN_FIELDS = frozenset({"budget", "client_budgets", "device"})
 _MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
 
 
@@ -158,7 +158,7 @@ def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | 
     for window in range(wanted, 0, -1):
         chain = replace(config.chain, window=window)
         try:
-            plan = plan_run(replace(config, chain=chain), [encoded])
+            plan = plan_run(replace(config, chain=chain), {"site": encoded}, None)
         except MemoryBudgetExceeded:
             if window == 1 or config.chain.method != "chain":
                 raise

@@ -152,6 +152,13 @@ class FrozenModel:
         return self.store.fingerprint
 
     @property
+    def record_key(self) -> str:
+        """What the bits of this model's hidden states depend on, beside adapters and samples: kinds of device sum in
+        other orders."""
+        place = "" if self.device.type == "cpu" else f" {self.device.type}"
+        return f"{self.fingerprint} {self.activation}{place}"
+
+    @property
     def is_pre_norm(self) -> bool:
         """Whether a norm stands between the last layer and the head, which makes the head blind to a row's length."""
         return self._norm is not None
@@ -196,18 +203,18 @@ class FrozenModel:
         `pooling` "auto": as the store says, else as the family's own classifier does.
         """
         chosen: Pooling = self.store.info.pooling or self.family.pooling if pooling == "auto" else _pooling(pooling)
+        bias = self.family.classifier_bias
         out_weight = self.store.embedding_tensor("classifier.out_weight")
         if out_weight is None or out_weight.shape[0] != num_labels or chosen != self.family.pooling:
-            return Classifier(self.shape.hidden_size, num_labels, chosen, seed=seed)
+            return Classifier(self.shape.hidden_size, num_labels, chosen, bias=bias, seed=seed)
         transform = self.family.transform_activation
-        classifier = Classifier(self.shape.hidden_size, num_labels, chosen, transform=transform, seed=seed)
+        classifier = Classifier(self.shape.hidden_size, num_labels, chosen, transform=transform, bias=bias, seed=seed)
         with torch.no_grad():
             for name, parameter in classifier.named_parameters():
                 value = self.store.embedding_tensor(f"classifier.{name}")
-                if value is not None:
-                    parameter.copy_(like(value, parameter, f"classifier.{name}"))
-                elif name != "out_bias":  # decoders' heads have none: it starts at zero
+                if value is None:
                     raise CorruptFile(f"{self.store.info.embedding.path}: a classification head without {name}")
+                parameter.copy_(like(value, parameter, f"classifier.{name}"))
         return classifier
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:

@@ -5,7 +5,6 @@ nothing below needs to be told twice. Batches, embeddings and cached records sta
 adapters and everything with a gradient are on the place.
 """
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor
 
 from chainfed_engine import native
-from chainfed_engine.errors import ConfigError, UnsupportedHardware
+from chainfed_engine.errors import UnsupportedHardware
 from chainfed_engine.types import Batch
-
-_TEXT = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,12 @@ CPU = Place()
 
 
 def find_place(text: str) -> Place:
-    """The place named "cpu", "cuda" (the first device) or "cuda:1", after asking the core and torch for it.
+    """The place named "cpu", "cuda" (the first device) or "cuda:1" (as the configuration checks it), after asking the
+    core and torch for it.
 
-    Raises ConfigError for another text; UnsupportedHardware when this build, this torch or the driver has no CUDA, or
-    no code for the device's architecture; InvalidArgument for the number of a device that is not there.
+    Raises UnsupportedHardware when this build, this torch or the driver has no CUDA, or no code for the device's
+    architecture; InvalidArgument for the number of a device that is not there.
     """
-    if not _TEXT.fullmatch(text):
-        raise ConfigError(f'[train] device: expected "cpu", "cuda" or "cuda:1", got {text!r}')
     if text == "cpu":
         return CPU
     index = int(text.partition(":")[2] or 0)

@@ -3,10 +3,12 @@
 Enters: the path of a store and how many files may be in memory at a time. Leaves: leases on layers and head shards,
 word rows, small tensors. Files have the index they have in `info.files`: 0 the embedding, then the layers, then the
 head's shards. Layers and shards share one ring of slots (and, for a CUDA device, slots there: `weights`); the embedding
-has a reader of its own, so that a large vocabulary does not set the size of the ring's slots. Unless all is resident, word rows are read from disk one by one.
+has a reader of its own, so that a large vocabulary does not set the size of the ring's slots. Unless all is resident,
+word rows are read from disk one by one.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from chainfed_engine.model.device_weights import DeviceLease, InPlace, Streamed,
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.place import CPU, Place
 
+FREE_SLOTS = 2  # beside pinned layers: a file in use and one being read
 _EMBEDDING = 0
 _STAGING_SLOTS = 2  # pinned on the host for a device with memory of its own: one is copied while the next is read
 _WORDS, _HEAD = "word_embeddings.weight", "head.weight"
@@ -40,15 +43,15 @@ class LayerStore:
         self.info, self.place = info, place
         on_device = place.is_cuda and not place.is_unified
         self.resident = num_slots is None and not on_device
+        self.num_slots = num_slots or len(ring)
         self._embedding = native.StoreReader([info.embedding.native()], num_slots=1, direct=direct)
-        slots = num_slots or len(ring)
-        host_slots = _STAGING_SLOTS if on_device else slots
+        host_slots = _STAGING_SLOTS if on_device else self.num_slots
         self._ring = native.StoreReader(ring, num_slots=host_slots, direct=direct, pinned_for=place.index)
         self._device: Streamed | InPlace | None = None
         if place.index is not None:
             streams = TorchStreams(place.index)
             self._device = (
-                Streamed(self._ring, streams, num_slots=slots, num_host_slots=host_slots)
+                Streamed(self._ring, streams, num_slots=self.num_slots, num_host_slots=host_slots)
                 if on_device
                 else InPlace(self._ring, streams, index=place.index, num_host_slots=host_slots)
             )
@@ -100,6 +103,13 @@ class LayerStore:
     def weights(self, file: int) -> native.Lease | DeviceLease:
         """A layer or head shard where `place` computes: `lease` for the CPU, a lease on the device otherwise."""
         return self.lease(file) if self._device is None else self._device.lease(file - 1)
+
+    def pin_layers(self, layers: Iterable[int]) -> list[native.Lease | DeviceLease]:
+        """Leases that keep these layers in memory until released; none where two slots would not stay free."""
+        wanted = list(layers)
+        if self.resident or len(wanted) + FREE_SLOTS > self.num_slots:
+            return []
+        return [self.weights(self.layer_file(index)) for index in wanted]
 
     def prefetch(self, file: int) -> None:
         """Start reading a layer or a head shard in the background, if a slot is free."""
