@@ -267,3 +267,16 @@ def test_slots_that_are_not_pinned_have_no_device_address(emulator: None, tmp_pa
     with reader.acquire(0) as lease, pytest.raises(InvalidArgument, match=r"Lease.matrix: not pinned"):
         lease.matrix("w", device=1)
     reader.close()
+
+
+def test_the_real_library_without_a_driver_says_what_to_install() -> None:
+    native.set_cuda_library(None)
+    if not native.cuda_is_built():
+        pytest.skip("the CUDA backend is not built (CHAINFED_CUDA=1)")
+    try:
+        count = native.num_cuda_devices()
+    except UnsupportedHardware as error:
+        assert "driver" in str(error)
+        return
+    if count:
+        pytest.skip("this machine has a CUDA device")
