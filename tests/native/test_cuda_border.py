@@ -181,7 +181,7 @@ def test_a_device_that_is_not_there_is_named(emulator: None) -> None:
 def test_devices_are_described(emulator: None) -> None:
     assert native.cuda_is_built()
     assert native.num_cuda_devices() == 2
-    assert native.cuda_architectures() == "80;87;89;90"
+    assert native.cuda_architectures() == "80,87,89,90"
     discrete, board = native.cuda_device(0), native.cuda_device(1)
     assert (discrete["is_unified"], board["is_unified"]) == (False, True)
     assert board["architecture"] == 87
