@@ -17,18 +17,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
-from chainfed_engine.types import Arrays, Batch, Stage, TaskKind
+from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
 
 
 class ChainTrainer:
@@ -58,6 +59,7 @@ class ChainTrainer:
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
+        self._classifier_factor: np.ndarray[Any, Any] | None = None
         self._stage_begun = False
         self.round_id = 0
 
@@ -78,10 +80,15 @@ class ChainTrainer:
         return {"cka": [float(score) for score in scores], "start_layer": start}
 
     def step(self, batch: Mapping[str, Any] | Batch) -> float:
-        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has."""
+        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has.
+
+        In a probe stage nothing is updated: `advance` fits the classifier in closed form to the batches it was given.
+        """
         batch = as_batch(batch)
         if self._schedule is None:
             self.profile(batch)
+        if self.stage.kind == "probe":
+            return self._probe(batch)
         if not self._stage_begun:
             self._begin()
         return self._trainer.step(batch)
@@ -90,6 +97,9 @@ class ChainTrainer:
         """Freeze the window where it is, move to the next, push the cache up; None when the schedule is over."""
         if self._schedule is None:
             raise InvalidArgument("advance: nothing was trained yet; call step first")
+        if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
+            num_labels = len(self._arrays[classifier_key("out_weight")])
+            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels))
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
@@ -97,6 +107,8 @@ class ChainTrainer:
         self.round_id += 1
         if self.done:
             return None
+        if self.stage.kind == "probe":
+            return self.stage
         self._begin()
         self._trainer.prepare([])
         return self.stage
@@ -142,6 +154,12 @@ class ChainTrainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _probe(self, batch: Batch) -> float:
+        statistics, loss = self._trainer.classifier_statistics([batch], self._arrays)
+        known = [] if self._classifier_factor is None else [self._classifier_factor]
+        self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
+        return loss
+
     def _begin(self) -> None:
         stage = self.stage
         stop = stage.window.stop
@@ -162,9 +180,8 @@ class ChainTrainer:
 
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        return Schedule(
-            config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, config.probe_rounds
-        )
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task)
+        return Schedule(config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:

@@ -53,7 +53,8 @@ class ChainConfig:
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
     rounds: int = _in("chain", 24, low=1)
-    probe_rounds: int = _in("chain", 0)
+    # rounds that first fit the classifier in closed form; None: a fifth of them, at most 4, none for causal LMs
+    probe_rounds: int | None = _in("chain", None, none="auto")
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
@@ -79,7 +80,7 @@ class ChainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        if self.probe_rounds > self.rounds:
+        if self.probe_rounds is not None and self.probe_rounds > self.rounds:
             raise ConfigError(
                 f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
             )

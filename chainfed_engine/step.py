@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chainfed_engine import native
+from chainfed_engine import classifier_fit, native
 from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
-from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective
+from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective, require_labels
 from chainfed_engine.objective.stand_in import StandIn
 from chainfed_engine.parameters import Parameters
 from chainfed_engine.prefix import DEFAULT_FILL_BYTES, Prefix, is_active
@@ -51,11 +52,11 @@ class StageTrainer:
     ) -> None:
         self.model, self.config, self.task = model, config, task
         self.micro_batch, self.recompute = micro_batch, recompute
-        classifier = None
+        self.classifier: Classifier | None = None
         if task == "classification":
             if num_labels < 2:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
-            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
+            self.classifier = classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
                 classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
@@ -69,7 +70,7 @@ class StageTrainer:
             layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
             for layer in range(model.num_layers)
         }
-        self.parameters = Parameters(self.adapters, classifier)
+        self.parameters = Parameters(self.adapters, self.classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
         self.window: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
@@ -171,6 +172,23 @@ class StageTrainer:
         )
         native.trim_heap()
         return statistics
+
+    @torch.no_grad()
+    def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
+        """What the closed-form classifier is fitted on: the least-squares factor of the final features and labels of
+        these batches under the parameters in `arrays`, and the mean loss of the classifier as it is."""
+        if self.classifier is None or not isinstance(self.readout, ClassificationReadout):
+            raise InvalidArgument("classifier_statistics: expected a classification task, got a causal LM")
+        self.parameters.load(arrays)
+        features, labels, loss = [], [], 0.0
+        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+            loss += float(self.readout.scores(hidden, batch)[0].sum())
+            features.append(self.classifier.transformed(self.readout.features(hidden, batch)))
+            labels.append(require_labels(batch))
+        native.trim_heap()
+        rows, targets = torch.cat(features), torch.cat(labels)
+        statistics = classifier_fit.statistics(rows.numpy(), targets.numpy(), self.classifier.num_labels)
+        return statistics, loss / len(targets)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:

@@ -316,3 +316,20 @@ def test_batches_that_cannot_be_trained_on_are_refused(
     change(batch)
     with pytest.raises(InvalidArgument, match=message):
         one.step(batch)
+
+
+def test_statistics_of_the_classifier_are_those_of_the_features_it_reads(
+    model: Checkpoint, ended: list[StageTrainer]
+) -> None:
+    each = trainer(model)
+    ended.append(each)
+    arrays = trained_adapters(each)
+    statistics, loss = each.classifier_statistics(batches(), arrays)
+    factor = statistics["classifier.factor"].astype(np.float64)
+    rows, labels = [], []
+    for batch, hidden in each.prefix.sweep(batches(), range(each.model.num_layers)):
+        rows.append(each.model.final_norm(each.classifier.pool(hidden, batch.attention_mask)).double().numpy())
+        labels.append(np.eye(3)[batch.labels])
+    stacked = np.concatenate([np.concatenate(rows), np.ones((9, 1)), np.concatenate(labels)], axis=1)
+    np.testing.assert_allclose(factor.T @ factor, stacked.T @ stacked, rtol=1e-4, atol=1e-3)
+    assert loss == pytest.approx(each.evaluate(batches(), arrays)["loss"], rel=1e-5)

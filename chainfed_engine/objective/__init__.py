@@ -83,6 +83,10 @@ class ClassificationReadout:
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier(self.final_norm(features))
 
+    def features(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What the classifier reads, [B, D], of the final hidden state [B, T, D]."""
+        return self.final_norm(self.pool(hidden, batch.attention_mask))
+
     def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses [B] and hits (bool [B]) of the final hidden state [B, T, D], for evaluation."""
         labels, logits = require_labels(batch), self.logits(self.pool(hidden, batch.attention_mask))

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from chainfed_engine import classifier_fit
+from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.types import Arrays, Stage, TaskKind, stand_in_key
+from chainfed_engine.types import Arrays, Stage, TaskKind, classifier_key, stand_in_key
+
+OUT_WEIGHT = classifier_key("out_weight")
 
 
 class GlobalModel:
@@ -29,6 +34,7 @@ class GlobalModel:
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
+        self._classifier_factor: np.ndarray | None = None
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
@@ -41,9 +47,6 @@ class GlobalModel:
     def parameters(self) -> Arrays:
         """All adapters and the classifier."""
         return self._trained.select(self._trained.sorted_keys())
-
-    def stand_ins(self) -> Arrays:
-        return self._stand_ins.select(self._stand_ins.sorted_keys())
 
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
@@ -75,12 +78,36 @@ class GlobalModel:
         return self._trained.select(keys), self._trained.versions(keys)
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Install new values of adapters or the classifier."""
+        """Install new values of adapters or the classifier; the final features are others from now on."""
         self._trained.replace(arrays)
+        self._classifier_factor = None
 
-    def set_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def refuse_classifier_factor(self, arrays: Arrays) -> str | None:
+        """Why these are not the statistics of a closed-form classifier, or None."""
+        if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
+            return f"classifier statistics: expected {FACTOR_KEY} alone"
+        num_labels, width = self._trained.select([OUT_WEIGHT])[OUT_WEIGHT].shape
+        width += 1 + num_labels
+        factor = arrays[FACTOR_KEY]
+        num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
+        return refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+
+    def fit_classifier(self, factors: list[np.ndarray]) -> None:
+        """The classifier that all rows seen since the features last changed ask for, these clients' included."""
+        known = [] if self._classifier_factor is None else [self._classifier_factor]
+        self._classifier_factor = classifier_fit.merge([*known, *factors])
+        num_labels = len(self._trained.select([OUT_WEIGHT])[OUT_WEIGHT])
+        self._trained.replace(classifier_fit.solve(self._classifier_factor, num_labels))
+
+    def statistics(self) -> Arrays:
+        """What is kept beside the parameters: stand-ins, and the classifier's factor while the features stand."""
+        kept = {} if self._classifier_factor is None else {FACTOR_KEY: self._classifier_factor}
+        return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **kept}
+
+    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], classifier_factor: np.ndarray | None) -> None:
         """Exactly these, as after a restore."""
-        self._stand_ins = Parameters(arrays)
+        self._stand_ins = Parameters(stand_ins)
+        self._classifier_factor = classifier_factor
 
     def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._stand_ins.replace(arrays)

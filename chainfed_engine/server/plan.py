@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.types import Stage, TaskKind, Window
 
 
@@ -56,6 +56,10 @@ class Plan:
             case _:
                 return Stage("probe", Window(self.num_layers, self.num_layers), 0)
 
+    def fits_classifier(self, stage: Stage) -> bool:
+        """Whether this stage fits the classifier in closed form instead of training it."""
+        return stage.kind == "probe" and self.config.method == "chain"
+
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
         if self.config.method != "chain" or not self.config.stand_in:
@@ -80,10 +84,9 @@ class Plan:
 
     def _schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        return Schedule(
-            config.schedule, self.num_layers, config.window, start_layer, config.rounds, config.probe_rounds
-        )
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self.task)
+        return Schedule(config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
     def _trains_classifier_alone(self) -> bool:
         method = self.config.method
-        return method == "linear-probe" or (method == "chain" and self.config.probe_rounds > 0)
+        return method == "linear-probe" or (method == "chain" and bool(self.config.probe_rounds))

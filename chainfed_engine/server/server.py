@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ChainfedError, CorruptFile, InconsistentUpdates, InvalidArgument, NonFiniteLoss
 from chainfed_engine.server import saved
 from chainfed_engine.server.aggregate import federated_average
-from chainfed_engine.server.checks import one_line
+from chainfed_engine.server.checks import one_line, refuse_arrays
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.plan import Plan
@@ -147,6 +148,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                "closed_form": self._plan.fits_classifier(stage),
             }
             arrays = self._lacking(name, needed, versions)
             tasks.append(Task("train", name, self._round_id, stage, arrays, settings, versions))
@@ -202,7 +204,13 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
-        return UpdateCollector(pending, trained=self._model.trained(self._stage()), samples=self.client_samples)
+        stage = self._stage()
+        if self._plan.fits_classifier(stage):
+            return UpdateCollector(pending, refuse=self._model.refuse_classifier_factor, samples=self.client_samples)
+        trained = self._model.trained(stage)
+        return UpdateCollector(
+            pending, refuse=lambda arrays: refuse_arrays(arrays, trained), samples=self.client_samples
+        )
 
     def _finish_profile(
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
@@ -236,7 +244,10 @@ class Server:
         bytes_up: int,
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
-        if collector.usable:
+        if collector.usable and self._plan.fits_classifier(stage):
+            factors = [collector.usable[name].arrays[FACTOR_KEY] for name in sorted(collector.usable)]
+            self._model.fit_classifier(factors)
+        elif collector.usable:
             self._model.update(federated_average(collector.usable))
         self._round_id += 1
         return Summary(
@@ -265,7 +276,7 @@ class Server:
             rejections=tuple(self._rejections),
             only_non_finite=self._only_non_finite,
         )
-        return {**self._model.parameters(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+        return {**self._model.parameters(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
@@ -273,9 +284,12 @@ class Server:
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
         own, depths = self.parameters(), progress.stand_in_depths
-        stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
+        if FACTOR_KEY in arrays and (reason := self._model.refuse_classifier_factor({FACTOR_KEY: arrays[FACTOR_KEY]})):
+            raise CorruptFile(f"saved state: {reason}; start a new run")
+        others = {key: array for key, array in arrays.items() if key != FACTOR_KEY}
+        stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, arrays.get(FACTOR_KEY))
         self._holdings = Holdings()
         self._pending = None
         self._round_id = progress.round_id

@@ -3,24 +3,22 @@
 A client that sends more than one reply loses all of them: which of two came first must not matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-import numpy as np
-
-from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_arrays, refuse_envelope
-from chainfed_engine.types import Reply, Task
+from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_envelope
+from chainfed_engine.types import Arrays, Reply, Task
 
 LOSS = "loss"
 
 
 class UpdateCollector:
-    """`trained`: the stage's parameters as they are; an update has these keys, shapes and dtypes and no other."""
+    """`refuse`: why a reply's arrays are none that this round asked for, or None."""
 
     def __init__(
-        self, tasks: Mapping[str, Task], *, trained: Mapping[str, np.ndarray], samples: Mapping[str, int]
+        self, tasks: Mapping[str, Task], *, refuse: Callable[[Arrays], str | None], samples: Mapping[str, int]
     ) -> None:
         self._tasks = tasks
-        self._trained = trained
+        self._refuse = refuse
         self._samples = samples
         self._seen: set[str] = set()
         self.usable: dict[str, Reply] = {}
@@ -35,7 +33,7 @@ class UpdateCollector:
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
-            reason = refuse_arrays(reply.arrays, self._trained)
+            reason = self._refuse(reply.arrays)
         if reason is None:
             self.usable[reply.client] = reply
         return reason

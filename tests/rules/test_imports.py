@@ -14,7 +14,20 @@ PACKAGE = "chainfed_engine"
 ROOT = Path(__file__).parents[2] / PACKAGE
 
 ROWS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "types", "config", "schedule", "start_layer", "stand_in", "sizes", "_version"}),
+    frozenset(
+        {
+            "errors",
+            "types",
+            "config",
+            "schedule",
+            "start_layer",
+            "least_squares",
+            "stand_in",
+            "classifier_fit",
+            "sizes",
+            "_version",
+        }
+    ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
     frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
