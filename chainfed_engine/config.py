@@ -7,21 +7,23 @@ what the user fixed is never changed. Every mistake is one `ConfigError` that sa
 
 import dataclasses
 import difflib
-import json
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.sizes import parse_size
 from chainfed_engine.types import TaskKind
 
-Method = Literal["chain", "none", "linear-probe", "top-window", "full-adapters"]
+Method = Literal[
+    "chain", "none", "linear-probe", "top-window", "full-adapters", "lora", "fedra", "flora", "fwdllm", "fedkseed"
+]
+FORWARD_ONLY: tuple[Method, ...] = ("fwdllm", "fedkseed")  # no backward pass: only losses are computed
+END_TO_END: tuple[Method, ...] = ("full-adapters", "lora", "fedra", "flora", *FORWARD_ONLY)
+LORA_METHODS: tuple[Method, ...] = ("lora", "flora")  # these train LoRA, whatever [chain] adapter says
 
 
 def _in(
@@ -58,6 +60,8 @@ class ChainConfig:
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
+    # every k-th step takes the exact end-to-end loss, the layers above the window streamed one at a time; 0: never
+    foresight_every: int = _in("chain", 0)
     # relative to the mean squared column; None: by cross-validation
     stand_in_ridge: float | None = _in("chain", None, above=True, high=1e6, none="auto")
 
@@ -74,12 +78,38 @@ class ChainConfig:
     budget: int | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
     cache_format: Literal["auto", "int8", "bf16", "f32"] = _in("memory", "auto")
 
+    # of the methods that `chain` is compared with
+    random_layers: int | None = _in("baseline", None, low=1, high=1024, none="auto")  # FedRA: a client; None: half
+    min_rank: int | None = _in("baseline", None, low=1, high=4096, none="auto")  # FLoRA: None: a quarter of the largest
+    perturbations: int = _in("baseline", 10, low=1, high=10**6)  # FwdLLM: directions a batch
+    perturbation_step: float = _in("baseline", 1e-3, above=True, high=1)  # FwdLLM, FedKSeed
+    max_variance: float = _in("baseline", 1.0, above=True, high=1e6)  # FwdLLM: of the mean, relative to its square
+    max_gather_rounds: int = _in("baseline", 2, low=1)  # FwdLLM: rounds whose gradients go into one update, at most
+    num_seeds: int = _in("baseline", 1024, low=1, high=2**20)  # FedKSeed
+
     clients_per_round: int = _in("federation", 5, low=1)
+    # budgets dealt evenly to the clients, such as "512MiB, 1GiB"; one that cannot hold the method is left out
+    client_budgets: str | None = _in("federation", None, none="none")
     profile_clients: int = _in("federation", 16, low=1)
     eval_every: int = _in("federation", 0)  # 0: only at the end
+    aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = _in("federation", "mean")
+    # share of a cohort that the robust rules take to be hostile
+    hostile_share: float = _in("federation", 0.1, high=0.49)
+    norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    deadline_seconds: float = _in("federation", 0.0, high=1e9)  # of an exchange; 0: none
+    quorum: float = _in("federation", 1.0, above=True, high=1)  # share of the cohort that ends an exchange ...
+    grace_seconds: float = _in("federation", 0.0, high=1e9)  # ... so long after it answered
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if self.method in LORA_METHODS:
+            object.__setattr__(self, "adapter", "lora")
+        if self.client_budgets is not None:
+            parse_sizes("[federation] client_budgets", self.client_budgets)
+        if self.min_rank is not None and self.min_rank > self.adapter_size:
+            raise ConfigError(
+                f"[baseline] min_rank: expected at most [chain] adapter_size ({self.adapter_size}), got {self.min_rank}"
+            )
         if self.probe_rounds is not None and self.probe_rounds > self.rounds:
             raise ConfigError(
                 f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
@@ -101,6 +131,7 @@ class DataConfig:
     prompt: str = _in("data", "prompt")
     response: str | None = _in("data", None, none="none")
     client: str | None = _in("data", None, none="none")
+    client_budget: str | None = _in("data", None, none="none")  # a column with each client's memory, bytes or "1GiB"
     partition: Literal["auto", "dirichlet", "iid"] = _in("data", "auto")
     alpha: float = _in("data", 1.0, above=True, high=1e6)  # small: clients of few labels; large: like IID
     num_clients: int = _in("data", 8, low=1, high=10**6)
@@ -136,137 +167,36 @@ class RunConfig:
     store: str
 
 
-_PATHS = {("model", "store"), ("data", "train"), ("data", "eval")}
-_CLASSES: tuple[type[ChainConfig] | type[DataConfig], ...] = (ChainConfig, DataConfig)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read CONFIG.toml; `overrides` are `table.key=value` texts that replace or add keys.
-
-    Paths in the file are relative to its folder, paths in overrides to the working directory. Raises ConfigError,
-    naming file, table, key and, for an unknown key, the nearest known one.
-    """
-    path = Path(path)
+def parse_sizes(name: str, text: str) -> list[int]:
+    """Bytes of sizes with commas between them. Raises ConfigError that starts with `name`."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
-    try:
-        values = _flatten(document, path.parent.absolute())
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    for override in overrides:
-        try:
-            values |= _override(override)
-        except ConfigError as error:
-            raise ConfigError(f"--set {override}: {error}") from None
-    try:
-        return _build(values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """TOML text that `load_config` reads back as an equal RunConfig; None is written as its word ("auto", "none")."""
-    tables: dict[str, dict[str, Any]] = {"model": {"store": config.store}, "data": {}, "chain": {}}
-    for record in (config.chain, config.data):
-        for item in dataclasses.fields(record):
-            value = getattr(record, item.name)
-            value = item.metadata["none"] if value is None else value
-            tables.setdefault(item.metadata["table"], {})[item.name] = value
-    blocks = []
-    for table, keys in tables.items():
-        lines = [f"[{table}]", *(f"{key} = {_toml_value(value)}" for key, value in keys.items())]
-        blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks)
-
-
-def _known() -> dict[tuple[str, str], tuple[Any, Mapping[str, Any]]]:
-    """(table, key) -> (type hint, metadata) of every key a file may have."""
-    known: dict[tuple[str, str], tuple[Any, Mapping[str, Any]]] = {}
-    for record in _CLASSES:
-        hints = typing.get_type_hints(record)
-        for item in dataclasses.fields(record):
-            known[item.metadata["table"], item.name] = (hints[item.name], item.metadata)
-    known["model", "store"] = (str, {"none": None, "size": False})
-    return known
-
-
-def _flatten(document: dict[str, Any], folder: Path) -> dict[tuple[str, str], Any]:
-    values: dict[tuple[str, str], Any] = {}
-    for table, keys in document.items():
-        if not isinstance(keys, dict):
-            raise ConfigError(f"{table}: expected a table [{table}], got a value outside any table")
-        for key, value in keys.items():
-            values[table, key] = _known_value(table, key, value, folder)
-    return values
-
-
-def _override(text: str) -> dict[tuple[str, str], Any]:
-    """`table.key=value`. The value is read as TOML unless the field is text or it is no TOML."""
-    name, equals, value = text.partition("=")
-    table, dot, key = name.strip().partition(".")
-    if not equals or not dot:
-        raise ConfigError("expected table.key=value, for example train.lr=0.001")
-    hint = _known().get((table, key), (str, {}))[0]
-    parsed: Any = value
-    if str not in _choices(hint):
-        try:
-            parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed = value
-    return {(table, key): _known_value(table, key, parsed, Path.cwd())}
-
-
-def _known_value(table: str, key: str, value: Any, folder: Path) -> Any:
-    """The value checked against the key's type and range, paths made absolute. ConfigError for an unknown key."""
-    known = _known()
-    if table not in {name for name, _ in known}:
-        raise ConfigError(f"[{table}]: unknown table{_nearest(table, sorted({name for name, _ in known}))}")
-    if (table, key) not in known:
-        nearest = _nearest(key, [name for owner, name in known if owner == table])
-        elsewhere = [owner for owner, name in known if name == key]
-        nearest = f"; {key} belongs in [{elsewhere[0]}]" if elsewhere else nearest
-        raise ConfigError(f"[{table}] {key}: unknown key{nearest}")
-    hint, metadata = known[table, key]
-    value = _checked(f"[{table}] {key}", hint, metadata, value)
-    return str(folder / value) if (table, key) in _PATHS and value else value
-
-
-def _build(values: dict[tuple[str, str], Any]) -> RunConfig:
-    if not values.get(("model", "store")):
-        raise ConfigError("[model] store: expected the path of a layer store (see `chainfed convert`), got none")
-    records: list[Any] = []
-    for record in _CLASSES:
-        names = {(item.metadata["table"], item.name) for item in dataclasses.fields(record)}
-        records.append(record(**{key: value for (table, key), value in values.items() if (table, key) in names}))
-    return RunConfig(chain=records[0], data=records[1], store=values["model", "store"])
+        return [parse_size(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_fields(record: ChainConfig | DataConfig) -> None:
     hints = typing.get_type_hints(type(record))
     for item in dataclasses.fields(record):
         name = f"[{item.metadata['table']}] {item.name}"
-        value = _checked(name, hints[item.name], item.metadata, getattr(record, item.name))
+        value = checked(name, hints[item.name], item.metadata, getattr(record, item.name))
         object.__setattr__(record, item.name, value)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a hint: (int, NoneType) for `int | None`, (int,) for int."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
-def _checked(name: str, hint: Any, metadata: Mapping[str, Any], value: Any) -> Any:
+def checked(name: str, hint: Any, metadata: Mapping[str, Any], value: Any) -> Any:
     """`value` as the field keeps it. Raises ConfigError: what was expected, what came."""
     if typing.get_origin(hint) is Literal:
         words = typing.get_args(hint)
         if value not in words:
-            nearest = _nearest(value, list(words)) if isinstance(value, str) else ""
+            nearest = nearest_word(value, list(words)) if isinstance(value, str) else ""
             raise ConfigError(f"{name}: expected one of {', '.join(map(repr, words))}, got {value!r}{nearest}")
         return value
-    choices = _choices(hint)
+    choices = alternatives(hint)
     if type(None) in choices and (value is None or (isinstance(value, str) and value == metadata["none"])):
         return None
     if metadata["size"]:
@@ -295,14 +225,7 @@ def _check_range(name: str, metadata: Mapping[str, Any], value: float) -> None:
         raise ConfigError(f"{name}: expected a number {start} up to {high}, got {value}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest_word(word: str, known: Sequence[str]) -> str:
+    """The hint that ends a message about an unknown word."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)

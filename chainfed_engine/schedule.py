@@ -17,11 +17,12 @@ ScheduleKind = Literal["continuous", "train-and-freeze"]
 MOST_PROBE_ROUNDS = 4
 
 
-def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind) -> int:
-    """Rounds for the classifier alone; "auto" (None): a fifth, at most 4, and none where there is no classifier."""
+def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind, aggregation: str) -> int:
+    """Rounds for the classifier alone; "auto" (None): a fifth, at most 4; none without a classifier, and none where
+    single clients are not trusted, for statistics are summed and one client's can outweigh all others."""
     if chosen is not None:
         return chosen
-    return min(MOST_PROBE_ROUNDS, rounds // 5) if task == "classification" else 0
+    return min(MOST_PROBE_ROUNDS, rounds // 5) if task == "classification" and aggregation == "mean" else 0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from chainfed_engine.parameters import Parameters
 from chainfed_engine.prefix import DEFAULT_FILL_BYTES, Prefix, is_active
 from chainfed_engine.prefix.supply import BoundarySupply
 from chainfed_engine.profile import profile
-from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind
+from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind, Window
 from chainfed_engine.window import TrainedWindow
 
 BATCHES_A_TRIM = 16
@@ -66,14 +66,18 @@ class StageTrainer:
                     f"task: {model.shape.architecture} has no LM head; give labels for classification"
                 )
             self.readout = CausalReadout(model.final_norm, model.head)
-        self.adapters: dict[int, Adapter] = {
-            layer: build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
-            for layer in range(model.num_layers)
-        }
+        self.adapters: dict[int, Adapter] = {layer: self.new_adapter(layer) for layer in range(model.num_layers)}
         self.parameters = Parameters(self.adapters, self.classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
+        self.end_objective = Objective(self.readout, None, [], 0.0, at_top=True)
         self.window: TrainedWindow | None = None
+        self.above: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
+
+    def new_adapter(self, layer: int) -> Adapter:
+        """The untrained adapter of a layer."""
+        config, model = self.config, self.model
+        return build_adapter(config.adapter, model.family, model.shape, layer, config.adapter_size, config.seed)
 
     def begin(
         self,
@@ -105,6 +109,8 @@ class StageTrainer:
             self.window = None  # the old window's small parameters go before the new one's come
             self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
         self.objective = self._objective(arrays)
+        self.above = self._layers_above(window)
+        self._step_index = 0
         trained = self.parameters.train_only(window)
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
 
@@ -119,11 +125,15 @@ class StageTrainer:
         """One optimizer update on one batch, micro-batch by micro-batch; returns the loss before it."""
         if self.window is None:
             raise InvalidArgument("step: no stage has begun; call begin first")
+        foresees = self.above is not None and self._step_index % self.config.foresight_every == 0
+        self._step_index += 1
         total = 0.0
         for micro, share in self._micro_batches(batch):
-            boundary = self.boundary(micro)
-            hidden = self.window(boundary, self.model.context(micro))
-            loss = self.objective(hidden, micro) * share
+            context = self.model.context(micro)
+            hidden = self.window(self.boundary(micro), context)
+            if foresees and self.above is not None:
+                hidden = self.above(hidden, context)
+            loss = (self.end_objective if foresees else self.objective)(hidden, micro) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -229,6 +239,17 @@ class StageTrainer:
         later = [self.adapters[layer] for layer in range(stop, self.model.num_layers)]
         active = [adapter for adapter in later if is_active(adapter)]
         return Objective(self.readout, stand_in, active, self.config.auxiliary_weight, at_top)
+
+    def _layers_above(self, window: Window) -> TrainedWindow | None:
+        """The layers above the window for streamed foresight, one of them in memory at a time: the backward pass runs
+        each again from its input. Their adapters are read, not trained."""
+        above = Window(window.stop, self.model.num_layers)
+        if self.stage.kind == "probe" or not self.config.foresight_every or above.size == 0:
+            return None
+        if self.above is not None and self.above.window == above:
+            return self.above
+        self.above = None  # its small parameters go before the new ones come
+        return TrainedWindow(self.model, above, self.adapters, recompute=True)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""

@@ -4,7 +4,7 @@
 transport only carries them. Arrays are NumPy; keys are dotted parameter names (see `parameter_key`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+SEED_COEFFICIENTS = "method.seed_coefficients"  # FedKSeed: float32 [K], how far along each direction
 IGNORE_INDEX = -100  # label of a token that carries no loss (transformers' convention)
 
 TaskKind = Literal["classification", "causal-lm"]
@@ -22,18 +23,22 @@ Scalar = int | float | str | bool
 
 @dataclass(frozen=True)
 class Window:
-    """Layers `start .. stop - 1` whose adapters are trained; the boundary is the hidden state entering `start`."""
+    """Layers `start .. stop - 1` whose adapters are trained; the boundary is the hidden state entering `start`.
+
+    `picked` (FedRA): only these of them are run and trained, ascending; the others are skipped.
+    """
 
     start: int
     stop: int
+    picked: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
-        return self.stop - self.start
+        return len(self.layers)
 
     @property
-    def layers(self) -> range:
-        return range(self.start, self.stop)
+    def layers(self) -> Sequence[int]:
+        return range(self.start, self.stop) if self.picked is None else self.picked
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Task:
     """Server to client. `arrays` holds only what the client lacks; it keeps what it got before.
 
     `versions`: fingerprint of every parameter the task needs, so that a client can tell what of its own still stands
-    and the stage sees exactly these. An adapter that is not named is untrained: the identity.
+    and the stage sees exactly these. An adapter that is not named is untrained: the identity. `base`: fingerprint of
+    the frozen model that all clients must share ("": not compared).
     """
 
     kind: Literal["profile", "train", "evaluate"]
@@ -75,11 +81,13 @@ class Task:
     arrays: Arrays = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    base: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Client to server. `arrays`: the trained parameters (train) or statistics (profile)."""
+    """Client to server. `arrays`: the trained parameters (train) or statistics (profile). `stage` and `base` are what
+    the client really trained and on which frozen model."""
 
     kind: Literal["profile", "train", "evaluate"]
     client: str
@@ -88,6 +96,8 @@ class Reply:
     arrays: Arrays = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None  # one line; a reply with an error carries no arrays
+    stage: Stage | None = None
+    base: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The public functions on a store with a tokenizer: plan, fit, run, evaluate, and what they leave on disk."""
 
 import json
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 import chainfed_engine as cfe
 from chainfed_engine import api
-from chainfed_engine.config import load_config
+from chainfed_engine.config import Method
+from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.types import layer_of_key
 
@@ -38,6 +40,7 @@ def clients() -> dict[str, list[dict[str, str]]]:
     return {"anna": examples(9), "ben": examples(3, 20), "carla": examples(1, 40), "dora": examples(20, 60)}
 
 
+METHODS = typing.get_args(Method)
 CONFIG = cfe.ChainConfig(rounds=4, sequence_length=16, batch_size=4, clients_per_round=3, adapter_size=4, lr=1e-2)
 
 
@@ -52,18 +55,83 @@ def test_fit_trains_evaluates_and_saves(stores: dict[str, Path], tmp_path: Path)
         result.save(saved)
 
 
-@pytest.mark.parametrize("method", ["none", "linear-probe", "top-window", "full-adapters", "chain"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_what_it_says(stores: dict[str, Path], method: str) -> None:
     from dataclasses import replace
 
-    start = cfe.fit(stores["bert"], clients(), replace(CONFIG, method="none")).parameters
-    config = replace(CONFIG, method=method, start_layer=1 if method == "chain" else None)
-    result = cfe.fit(stores["bert"], clients(), config)
-    changed = {key for key, value in result.parameters.items() if not np.array_equal(value, start[key])}
+    options = replace(CONFIG, num_seeds=16, perturbations=2, max_gather_rounds=1)
+    config = replace(options, method=method, start_layer=1 if method == "chain" else None)
+    result = cfe.fit(stores["bert"], clients(), config, evaluation=examples(4, 100))
+    assert np.isfinite(result.evaluation["loss"])
+    start = cfe.fit(stores["bert"], clients(), replace(config, method="none")).parameters
+    changed = {key for key, value in result.parameters.items() if not np.array_equal(value, start.get(key, 0 * value))}
     layers = {layer_of_key(key) for key in changed} - {None}
-    expected = {"none": set(), "linear-probe": set(), "top-window": {2, 3}, "full-adapters": {0, 1, 2, 3}}
-    assert layers == expected.get(method, {1, 2, 3})
+    expected = {"none": set(), "linear-probe": set(), "top-window": {2, 3}, "chain": {1, 2, 3}}
+    assert layers == expected.get(method, {0, 1, 2, 3})
     assert any(key.startswith("classifier.") for key in changed) == (method != "none")
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"none", "linear-probe", "chain"}))
+def test_every_method_trains_a_causal_lm(stores: dict[str, Path], method: str) -> None:
+    from dataclasses import replace
+
+    config = replace(CONFIG, method=method, rounds=2, num_seeds=16, perturbations=2, max_gather_rounds=1)
+    result = cfe.fit(stores["llama"], prompts(), config, evaluation=prompts()["ben"])
+    assert np.isfinite(result.evaluation["token_loss"])
+    assert all(event["accepted"] for event in result.events if event["event"] == "round")
+
+
+def test_clients_whose_memory_cannot_hold_the_method_are_left_out(stores: dict[str, Path], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    def needed(method: str) -> int:
+        config = replace(CONFIG, method=method)
+        return cfe.plan(stores["bert"], config, task="classification").predicted_peak_bytes
+
+    assert needed("chain") < needed("full-adapters")
+    config = replace(CONFIG, rounds=3, clients_per_round=4, client_budgets=f"{needed('chain') // 2}, 64GiB")
+    result = cfe.fit(stores["bert"], clients(), config, out=tmp_path / "run")
+    (event,) = [event for event in result.events if event["event"] == "clients"]
+    assert event["num_clients"] == len(event["left_out"]) == 2
+    assert event == json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    took_part = {name for event in result.events if event["event"] == "round" for name in event["clients"]}
+    assert took_part == clients().keys() - event["left_out"].keys()
+    with pytest.raises(
+        MemoryBudgetExceeded, match=r"no client can hold the method chain: it needs .* largest has 1\.0 MiB"
+    ):
+        cfe.fit(stores["bert"], clients(), replace(config, client_budgets="1MiB, 512KiB"))
+
+
+def test_clients_memory_can_be_a_column(stores: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(
+        "text,label,client,memory\ngood,good,a,64GiB\nbad,bad,a,64GiB\ngood,good,b,1MiB\nbad,bad,b,1MiB\n"
+    )
+    text = f"""[model]\nstore = "{stores["bert"]}"\n[data]\ntrain = "train.csv"\nlabel = "label"\nclient = "client"
+client_budget = "memory"\n[chain]\nrounds = 1\nwindow = 1\nadapter_size = 4\n[train]\nsequence_length = 16\n"""
+    (tmp_path / "run.toml").write_text(text)
+    result = api.run(load_config(tmp_path / "run.toml"), tmp_path / "run")
+    (event,) = [event for event in result.events if event["event"] == "clients"]
+    assert event["left_out"] == {"b": 1 << 20}
+    (tmp_path / "train.csv").write_text("text,label,client,memory\ngood,good,a,1GiB\nbad,bad,a,2GiB\n")
+    with pytest.raises(DataError, match=r"line 3: column 'memory': client a has 2.0 GiB here and 1.0 GiB elsewhere"):
+        api.run(load_config(tmp_path / "run.toml"), tmp_path / "other")
+
+
+def test_a_client_with_one_sample_trains(stores: dict[str, Path]) -> None:
+    alone = {"anna": examples(1), "ben": examples(1, 21)}
+    result = cfe.fit(stores["bert"], alone, CONFIG)
+    assert all(event["accepted"] and event["steps"] == 2 for event in result.events if event["event"] == "round")
+
+
+def test_a_class_that_only_the_evaluation_has_is_an_error_that_names_it(stores: dict[str, Path]) -> None:
+    odd = [*examples(4, 100), {"text": "middling", "label": "so-so"}]
+    with pytest.raises(DataError, match="row 4: unknown label 'so-so'; the model was trained on 'bad', 'good'"):
+        cfe.fit(stores["bert"], clients(), CONFIG, evaluation=odd)
+
+
+def test_one_class_only_is_an_error(stores: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match="column 'label': expected at least two labels, got only 'good'"):
+        cfe.fit(stores["bert"], {"anna": [{"text": "a", "label": "good"}] * 3}, CONFIG)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(stores: dict[str, Path]) -> None:

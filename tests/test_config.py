@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config, load_config
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
+from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.errors import ConfigError
 
 MINIMAL = '[model]\nstore = "store"\n[data]\ntrain = "train.csv"\nlabel = "label"\n'
@@ -127,7 +128,7 @@ def test_python_configurations_are_checked_too() -> None:
 def test_every_field_has_a_table_and_numbers_a_range() -> None:
     for record in (ChainConfig, DataConfig):
         for item in dataclasses.fields(record):
-            assert item.metadata["table"] in {"model", "data", "chain", "train", "memory", "federation"}
+            assert item.metadata["table"] in {"model", "data", "chain", "train", "memory", "baseline", "federation"}
             assert item.metadata["low"] <= item.metadata["high"]
 
 

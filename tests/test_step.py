@@ -333,3 +333,38 @@ def test_statistics_of_the_classifier_are_those_of_the_features_it_reads(
     stacked = np.concatenate([np.concatenate(rows), np.ones((9, 1)), np.concatenate(labels)], axis=1)
     np.testing.assert_allclose(factor.T @ factor, stacked.T @ stacked, rtol=1e-4, atol=1e-3)
     assert loss == pytest.approx(each.evaluate(batches(), arrays)["loss"], rel=1e-5)
+
+
+def test_foresight_takes_the_gradient_of_the_whole_model(model: Checkpoint, ended: list[StageTrainer]) -> None:
+    """The window's adapters move as if every layer above were in the graph; the adapters above do not move."""
+    labelled = "classes" if "bert" in str(model.open().shape.architecture) else "tokens"
+    labels = 3 if labelled == "classes" else 0
+    foreseeing = trainer(model, labels=labels, foresight_every=1, lr=LR)
+    whole = trainer(model, labels=labels, lr=LR)
+    ended += [foreseeing, whole]
+    arrays = trained_adapters(whole)
+    foreseeing.begin(window(0, 1), arrays, cache_dir=None, lr=LR)
+    whole.begin(window(0, 3), arrays, cache_dir=None, lr=LR)
+    batch = batches(labelled)[0]
+    assert foreseeing.step(batch) == pytest.approx(whole.step(batch), rel=1e-5)
+    ours, theirs = foreseeing.trained(), whole.trained()
+    assert all(not key.startswith(("adapters.1", "adapters.2")) for key in ours)
+    for key, value in ours.items():
+        assert not np.array_equal(value, arrays[key]) or key.endswith("down_bias")
+        np.testing.assert_allclose(value, theirs[key], atol=2e-4)
+
+
+def test_foresight_every_second_step_alternates_with_the_stand_in_free_local_loss(
+    model: Checkpoint, ended: list[StageTrainer]
+) -> None:
+    labels = 3 if model.open().shape.architecture == "bert" else 0
+    batch = batches("classes" if labels else "tokens")[0]
+    local, every_second = trainer(model, labels=labels), trainer(model, labels=labels, foresight_every=2)
+    ended += [local, every_second]
+    arrays = trained_adapters(local)
+    for each in (local, every_second):
+        each.begin(window(0, 1), arrays, cache_dir=None, lr=1e-12)
+    local_losses = [local.step(batch) for _ in range(2)]
+    mixed = [every_second.step(batch) for _ in range(2)]
+    assert mixed[1] == pytest.approx(local_losses[1], rel=1e-4)
+    assert abs(mixed[0] - local_losses[0]) > 1e-3

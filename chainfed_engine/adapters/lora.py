@@ -6,6 +6,7 @@ that it cannot stand in for a layer that is not loaded. Source: Hu et al. 2021.
 """
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from chainfed_engine.types import Arrays, ModelShape, adapter_key
 class LowRankBranch:
     """One projection's addition. Holds the parameters of the `LoRA` it belongs to, not copies of them."""
 
-    def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float) -> None:
-        self.a, self.b, self.scale = a, b, scale
+    def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, base: nn.Parameter | None = None) -> None:
+        self.a, self.b, self.scale, self.base = a, b, scale, base
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(functional.linear(x, self.a), self.b) * self.scale
+        added = functional.linear(functional.linear(x, self.a), self.b) * self.scale
+        return added if self.base is None else added + functional.linear(x, self.base)
 
 
 class LoRA(nn.Module):
@@ -56,7 +58,7 @@ class LoRA(nn.Module):
         self.value_b = nn.Parameter(torch.zeros(value_size, rank))
 
     @classmethod
-    def for_layer(cls, family: Family, shape: ModelShape, *, rank: int, layer: int, seed: int) -> "LoRA":
+    def for_layer(cls, family: Family, shape: ModelShape, *, rank: int, layer: int, seed: int) -> Self:
         """LoRA of `shape`'s projections, with alpha = 2 * rank (a scale of 2 at every rank)."""
         query, value = family.lora_targets
         return cls(
@@ -98,3 +100,45 @@ class LoRA(nn.Module):
     def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over this adapter's entries of `arrays`. Raises InvalidArgument, and then changes nothing."""
         load_module_arrays(self, arrays, self.key)
+
+
+class BasedLoRA(LoRA):
+    """LoRA on top of a dense, frozen addition to each projection: query_base [Nq,K], value_base [Nv,K], zero at first.
+
+    FLoRA adds every round's products there, since the quantised weights themselves stay as they are.
+    """
+
+    def __init__(
+        self, rank: int, alpha: float, *, hidden_size: int, query_size: int, value_size: int, **rest: Any
+    ) -> None:
+        super().__init__(rank, alpha, hidden_size=hidden_size, query_size=query_size, value_size=value_size, **rest)
+        self.query_base = nn.Parameter(torch.zeros(query_size, hidden_size), requires_grad=False)
+        self.value_base = nn.Parameter(torch.zeros(value_size, hidden_size), requires_grad=False)
+
+    @property
+    def bases(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.query_base, self.value_base
+
+    @property
+    def low_rank(self) -> Mapping[str, LowRankBranch]:
+        query, value = self.targets
+        return {
+            query: LowRankBranch(self.query_a, self.query_b, self.scale, self.query_base),
+            value: LowRankBranch(self.value_a, self.value_b, self.scale, self.value_base),
+        }
+
+    @property
+    def is_trained(self) -> bool:
+        return super().is_trained or any(bool(base.any()) for base in self.bases)
+
+    def fresh_factors(self, rank: int, seed: int) -> Arrays:
+        """Untrained factors of a lower rank, f32 by name: A random in its first `rank` rows, everything else zero."""
+        generator = seeded(seed, self.layer)
+        arrays: Arrays = {}
+        for name in ("query", "value"):
+            a, b = getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+            bound = a.shape[1] ** -0.5
+            rows = torch.zeros(a.shape)
+            rows[:rank].uniform_(-bound, bound, generator=generator)
+            arrays[f"{name}_a"], arrays[f"{name}_b"] = rows.numpy(), torch.zeros(b.shape).numpy()
+        return arrays

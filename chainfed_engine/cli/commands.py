@@ -5,6 +5,7 @@ Each imports what it needs when it runs.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from chainfed_engine.sizes import format_size
@@ -54,7 +55,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.progress import RunProgress
-    from chainfed_engine.config import load_config
+    from chainfed_engine.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
@@ -65,6 +66,20 @@ def run(options: argparse.Namespace) -> int:
         api.run(config, out, resume=options.resume, on_event=progress)
     print(f"{out}: {progress.summary()}")
     return 0
+
+
+def study(options: argparse.Namespace) -> int:
+    from chainfed_engine.study import load_study, run_study
+
+    definition = load_study(options.config, options.overrides)
+    out = Path(options.out)
+    failed = run_study(definition, out, jobs=options.jobs, only_summary=options.summary, report=_say)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if failed:
+        _say(
+            f"chainfed: {failed} of the runs failed; their logs are in {out / 'logs'}, the next start tries them again"
+        )
+    return 2 if failed else 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -79,12 +94,23 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    from chainfed_engine.report import write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.doctor import examine, render
 
     report = examine(disk=options.disk)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["verdict"]["ok"] else 2
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _folder_size(folder: str) -> str:

@@ -21,13 +21,24 @@ from chainfed_engine.types import Arrays, Batch, Reply, Task
 
 
 class Client:
-    """`cache_dir`: a folder of this client alone (None: no cache). `pad_id`: the tokenizer's padding token.
+    """`cache_dir`: a folder of this client alone (None: no cache). `pad_id`: the tokenizer's padding token. `base`:
+    fingerprint of the frozen model. `max_window`: layers this client can train at once (None: as many as are asked).
+    `held_dir`: a folder of this client alone for the parameters it was sent (None: they live as long as the object).
 
     Raises DataError without samples. Fewer samples than a batch make one smaller batch.
     """
 
     def __init__(
-        self, name: str, data: EncodedData, trainer: Trainer, *, cache_dir: Path | None = None, pad_id: int = 0
+        self,
+        name: str,
+        data: EncodedData,
+        trainer: Trainer,
+        *,
+        cache_dir: Path | None = None,
+        pad_id: int = 0,
+        base: str = "",
+        max_window: int | None = None,
+        held_dir: Path | None = None,
     ) -> None:
         if len(data) == 0:
             raise DataError(f"client {name}: expected at least one sample, got none; drop the client or give it data")
@@ -36,11 +47,18 @@ class Client:
         self._trainer = trainer
         self._cache_dir = cache_dir
         self._pad_id = pad_id
-        self._held = HeldParameters()
+        self._base = base
+        self.max_window = max_window
+        self._held = HeldParameters(held_dir)
 
     @property
     def num_samples(self) -> int:
         return len(self._data)
+
+    @property
+    def held_versions(self) -> dict[str, str]:
+        """Parameter -> version of everything this client need not be sent again."""
+        return self._held.versions
 
     def forget_outdated(self, current: Mapping[str, str]) -> None:
         """Free held parameters whose version is not the one in `current`; hundreds of clients in one process hold no
@@ -52,6 +70,11 @@ class Client:
         try:
             if task.client != self.name:
                 raise InvalidArgument(f"expected a task for {self.name}, got one for {task.client}")
+            if task.base != self._base:
+                raise InvalidArgument(
+                    f"the run's frozen model is {task.base[:12] or 'unnamed'}, this client has {self._base[:12]}; "
+                    "convert the same checkpoint with the same options on both sides"
+                )
             parameters = self._held.take(task)
             match task.kind:
                 case "train":
@@ -64,8 +87,12 @@ class Client:
                     raise InvalidArgument(f"expected a task to train, profile or evaluate, got {unknown!r}")
         except ChainfedError as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())
-            return Reply(task.kind, self.name, task.round_id, self.num_samples, error=line)
-        return Reply(task.kind, self.name, task.round_id, self.num_samples, arrays, metrics)
+            return Reply(
+                task.kind, self.name, task.round_id, self.num_samples, error=line, stage=task.stage, base=self._base
+            )
+        return Reply(
+            task.kind, self.name, task.round_id, self.num_samples, arrays, metrics, stage=task.stage, base=self._base
+        )
 
     def _train(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
         if task.stage is None:

@@ -1,12 +1,13 @@
 """The federation's picture in code: broadcast, local steps, aggregate, save; round after round.
 
-    server.next_tasks -> transport -> clients train -> transport -> server.receive -> directory
+    server.next_tasks -> transport -> clients train -> transport -> journal -> server.receive -> directory
 
 Nothing here computes: the server decides, clients train, the transport carries, the directory remembers.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from chainfed_engine.federation.events import Event, exchange_event
 from chainfed_engine.federation.run_directory import RunDirectory
@@ -23,15 +24,18 @@ def run_rounds(
     emit: Callable[[Event], None],
     after_exchange: Callable[[Summary], None],
 ) -> None:
-    """Exchange by exchange until the server is done. A kill at any point loses at most the exchange it fell in."""
+    """Exchange by exchange until the server is done. A kill at any point loses at most the reply it fell in."""
     while not server.done:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         tasks = server.next_tasks()
-        replies = Timed(transport.exchange(tasks))
+        journal = directory.journal(tasks)
+        replies = Timed(chain(journal.received(), journal.keep(transport.exchange(journal.missing))))
         summary = server.receive(replies)
+        server.forget(journal.answered)  # what they hold was sent by a server that is gone
         server_seconds = time.perf_counter() - started - replies.seconds
         seconds = {"transport": replies.seconds, "server": server_seconds}
-        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds))
+        cpu_seconds = time.process_time() - cpu_started
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds))
         directory.save(server.state())
         after_exchange(summary)
 

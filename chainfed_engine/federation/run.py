@@ -90,8 +90,10 @@ class _Run:
         behind = {"round_id": self._server.round_id, "profile_attempts": self._server.profile_attempts}
         kept = self._directory.cut_events(lambda event: belongs_to_past(event, **behind))
         self._evaluated = next((event for event in reversed(kept) if event["event"] == "eval"), {})
-        if self._server.done and self._is_evaluated():
-            return
+        if self._server.done:
+            self._directory.forget_received()
+            if self._is_evaluated():
+                return
         self._emit(
             {"event": "resume", "round": self._last_round, "skipped_states": list(saved.skipped) if saved else []}
         )

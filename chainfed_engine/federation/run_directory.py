@@ -2,14 +2,15 @@
 
 Metrics lines are appended before the state of their round is saved; when a run is taken up again, lines after the
 saved round are cut, so that the file reads as if nothing had happened. `state/` keeps the last two states: if the newer
-one does not survive a power cut whole, the older one serves, and `load` says so.
+one does not survive a power cut whole, the older one serves, and `load` says so. `state/received/` keeps the replies of
+the exchange under way (see journal.py) until its state is saved.
 """
 
 import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError
+from chainfed_engine.federation import files
 from chainfed_engine.federation.files import read_arrays, storage_errors, write_arrays, write_text
-from chainfed_engine.types import Arrays
+from chainfed_engine.federation.journal import Journal
+from chainfed_engine.types import Arrays, Task
 
 ADAPTERS_FORMAT = "chainfed-adapters"
 Event = dict[str, Any]
@@ -48,19 +51,22 @@ class RunDirectory:
     def __init__(self, path: str | Path, *, config_text: str | None = None, resume: bool = False) -> None:
         self.path = Path(path)
         self._state_path = self.path / "state"
+        self._received_path = self._state_path / "received"
         self._metrics_path = self.path / "metrics.jsonl"
         self._number = 0  # of the last saved state
         self._stand_in_digests: dict[str, str] = {}  # file in state/ -> sha256 of what it holds
         self._config_text = config_text
         check_free(self.path, resume=resume)
+        files.make_folder(self.path)
         with storage_errors(self.path, "create"):
-            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
         try:
             check_free(self.path, resume=resume)  # again, under the lock
-            with storage_errors(self.path, "create"):
-                self._state_path.mkdir(exist_ok=True)
-                self._metrics = open(self._metrics_path, "ab")  # noqa: SIM115 (open as long as the run)
+            files.make_folder(self._state_path)
+            files.make_folder(self._received_path)
+            self._metrics = files.open_append(self._metrics_path)
+            for unfinished in [*self.path.glob(".*.partial"), *self._state_path.rglob(".*.partial")]:
+                files.remove(unfinished)
             if not resume:
                 self.keep_config()
         except BaseException:
@@ -91,22 +97,20 @@ class RunDirectory:
     def record(self, event: Event) -> None:
         """Append one line to metrics.jsonl and hand it to the system at once."""
         line = json.dumps(event, allow_nan=False, separators=(", ", ": "))
-        with storage_errors(self._metrics_path, "append"):
-            self._metrics.write(line.encode() + b"\n")
-            self._metrics.flush()
+        files.append(self._metrics, self._metrics_path, line.encode() + b"\n")
 
     def cut_events(self, keep: Callable[[Event], bool]) -> list[Event]:
         """Drop metrics from the first incomplete line, or line that `keep` refuses, on; returns what stays."""
         kept: list[Event] = []
         length = 0
-        with storage_errors(self._metrics_path, "cut"):
+        with storage_errors(self._metrics_path, "read"):
             for line in self._metrics_path.read_bytes().splitlines(keepends=True):
                 event = _parse_event(line)
                 if event is None or not keep(event):
                     break
                 kept.append(event)
                 length += len(line)
-            self._metrics.truncate(length)
+        files.cut(self._metrics, self._metrics_path, length)
         return kept
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -114,8 +118,7 @@ class RunDirectory:
     def save(self, state: tuple[Mapping[str, np.ndarray], Mapping[str, Any]]) -> None:
         """Make `Server.state()` the one to resume from. A stand-in never changes once fitted and is written once."""
         arrays, record = state
-        with storage_errors(self._metrics_path, "write"):
-            os.fsync(self._metrics.fileno())
+        files.sync(self._metrics, self._metrics_path)
         trained: Arrays = {}
         stand_ins: dict[str, Arrays] = {}
         for key, array in arrays.items():
@@ -131,7 +134,16 @@ class RunDirectory:
         self._number = number
         for other in self._state_numbers():
             if other not in (number, number - 1):
-                self._state_file(other).unlink(missing_ok=True)
+                files.remove(self._state_file(other))
+        self.forget_received()
+
+    def journal(self, tasks: Sequence[Task]) -> Journal:
+        """What was received of this exchange before a crash, and where its replies are to be kept."""
+        return Journal(self._received_path, tasks)
+
+    def forget_received(self) -> None:
+        """The exchange that the kept replies belong to is over."""
+        Journal.clear(self._received_path)
 
     def load(self) -> SavedState | None:
         """The newest state that is whole; None if none was saved yet. Raises CorruptFile if none is whole."""
@@ -182,7 +194,7 @@ class RunDirectory:
         write_arrays(self.path / "adapters.safetensors", parameters, record)
 
     def _take_lock(self) -> int:
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, files.OWNER_ONLY_FILE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -16,10 +16,13 @@ from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
+from chainfed_engine.federation.events import plan_event
+from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
 from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
+from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
@@ -73,7 +76,7 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says."""
     choices = plan.choices
     native.set_num_threads(torch.get_num_threads())
-    return StageTrainer(
+    return trainer_class(config.method)(
         FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True)),
         config,
         task=task,
@@ -106,15 +109,16 @@ class Session:
         self.config = replace(config, cache_format=plan.choices.cache_format)
         self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
         self.store = self.trainer.model.store
+        base = self.store.fingerprint
         members = [
-            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id)
+            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id, base=base)
             for name, data in clients.items()
         ]
-        self.transport = LocalTransport(members)
-        self.evaluator = Client("evaluator", evaluation, self.trainer, pad_id=pad_id) if evaluation else None
+        self.transport = LocalTransport(members, patience=Patience.of(self.config))
+        self.evaluator = Client("evaluator", evaluation, self.trainer, pad_id=pad_id, base=base) if evaluation else None
         initial = self.trainer.parameters.export()
         samples = self.transport.client_samples
-        self.server = Server(self.config, self.trainer.model.shape, initial, samples, self.task)
+        self.server = Server(self.config, self.trainer.model.shape, initial, samples, self.task, base=base)
 
     def run(
         self, directory: RunDirectory, *, on_event: Callable[[Event], None] | None = None, resume: bool = False
@@ -125,6 +129,10 @@ class Session:
             if on_event is not None:
                 on_event({"rounds": self.config.rounds, **event})
 
+        if not resume:
+            event = plan_event(self.plan)
+            directory.record(event)
+            emit(event)
         return fit(
             self.server,
             self.transport,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from chainfed_engine.config import ChainConfig
+from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
 from chainfed_engine.sizes import format_size
 from chainfed_engine.types import ModelShape, TaskKind
@@ -153,9 +153,12 @@ def _weights(request: Request, choices: Choices) -> dict[str, int]:
 
 
 def _window_layers(config: ChainConfig, num_layers: int) -> int:
-    return {"full-adapters": num_layers, "linear-probe": 0, "none": 0}.get(
-        config.method, min(config.window, num_layers)
-    )
+    """Layers that a step runs with an adapter each."""
+    if config.method == "fedra":
+        return min(config.random_layers or -(-num_layers // 2), num_layers)
+    if config.method in END_TO_END:
+        return num_layers
+    return 0 if config.method in ("linear-probe", "none") else min(config.window, num_layers)
 
 
 def _adapter_bytes(request: Request) -> int:
@@ -163,6 +166,9 @@ def _adapter_bytes(request: Request) -> int:
     one = 2 * config.adapter_size * shape.hidden_size + shape.hidden_size + config.adapter_size
     trained = _window_layers(config, shape.num_layers) * one
     held = shape.num_layers * one * 2  # the modules', and the federation's arrays
+    if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new
+        attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        held += 4 * shape.num_layers * shape.hidden_size * (attention + keys)
     return F32 * (held + 4 * trained) + 3 * F32 * shape.hidden_size**2 * int(config.stand_in)
 
 
@@ -195,6 +201,8 @@ def _step_bytes(request: Request, choices: Choices) -> int:
     # The boundary needs no gradient, so the window's first layer keeps nothing.
     kept = adapters + max(0, layers - 1) * (shape.hidden_size if choices.recompute else saved_floats(shape))
     live = 2 * live_floats(shape) if layers else 0
+    if config.method in FORWARD_ONLY:
+        kept, live = 0, live_floats(shape)
     total = F32 * tokens * (shape.hidden_size + kept + live)
     total += HEAP_BYTES + total // 4 if layers else 0
     if request.task == "causal-lm":

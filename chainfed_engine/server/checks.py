@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chainfed_engine.types import Arrays, Reply, Task
+from chainfed_engine.types import Arrays, Reply, Stage, Task
 
 NON_FINITE = "not finite"
 MAX_REASON_CHARS = 300
@@ -23,14 +23,24 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())[:MAX_REASON_CHARS]
 
 
+def is_late(reply: Reply, *, round_id: int, profile_attempts: int) -> bool:
+    """Whether this answers a task of an earlier exchange: with so many rounds and profile attempts behind us."""
+    behind = {"train": round_id, "profile": profile_attempts}.get(str(reply.kind), 0)
+    return _is_integer(reply.round_id) and 0 <= reply.round_id < behind
+
+
 def refuse_envelope(reply: Reply, task: Task, *, max_samples: int) -> str | None:
-    """Everything but the arrays: error, kind, round, weight, metrics."""
+    """Everything but the arrays: error, kind, round, frozen model, window, weight, metrics."""
     if reply.error is not None:
         return one_line(f"client error: {reply.error}")
     if reply.kind != task.kind:
         return one_line(f"expected a reply to {task.kind}, got {reply.kind}")
     if not _is_integer(reply.round_id) or reply.round_id != task.round_id:
         return one_line(f"expected round {task.round_id}, got {reply.round_id}")
+    if reply.base != task.base:
+        return one_line(f"expected an update of the frozen model {task.base[:12]!r}, got one of {reply.base!s:.12}")
+    if reply.stage != task.stage:
+        return one_line(f"expected the window {_window(task.stage)}, got {_window(reply.stage)}")
     if not _is_integer(reply.num_samples) or not 1 <= reply.num_samples <= max_samples:
         return one_line(
             f"num_samples: expected 1 to {max_samples} (what the client announced), got {reply.num_samples}"
@@ -74,6 +84,10 @@ def _refuse_metrics(metrics: object) -> str | None:
         if not math.isfinite(value):
             return one_line(f"{NON_FINITE}: metric {name} is {value}")
     return None
+
+
+def _window(stage: object) -> str:
+    return f"{stage.window.start} to {stage.window.stop}" if isinstance(stage, Stage) else "none"
 
 
 def _is_integer(value: object) -> bool:

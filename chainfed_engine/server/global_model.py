@@ -1,19 +1,21 @@
-"""Which of the global parameters a stage trains and which it needs. Owns them: adapters, classifier, stand-ins.
+"""Which of the global parameters a stage trains and which it needs. Owns them: adapters, classifier, stand-ins, and
+what a method keeps for itself.
 
 In: float32 arrays under their keys. Out: arrays and their versions, by stage; they are shared, nobody writes to them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from chainfed_engine import classifier_fit
 from chainfed_engine.classifier_fit import FACTOR_KEY
-from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.types import Arrays, Stage, TaskKind, classifier_key, stand_in_key
+from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
 
+METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
 OUT_WEIGHT = classifier_key("out_weight")
 
 
@@ -34,7 +36,7 @@ class GlobalModel:
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
-        self._classifier_factor: np.ndarray | None = None
+        self._factor: Arrays = {}
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
@@ -46,12 +48,35 @@ class GlobalModel:
 
     def parameters(self) -> Arrays:
         """All adapters and the classifier."""
+        return self._trained.select(self._model_keys())
+
+    def state(self) -> Arrays:
+        """These and what the method keeps beside them."""
         return self._trained.select(self._trained.sorted_keys())
+
+    def array(self, key: str) -> np.ndarray:
+        return self._trained.select([key])[key]
+
+    def select(self, keys: Iterable[str]) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of these."""
+        wanted = sorted(keys)
+        return self._trained.select(wanted), self._trained.versions(wanted)
+
+    def _model_keys(self) -> list[str]:
+        return [key for key in self._trained.sorted_keys() if not key.startswith(METHOD_PREFIX)]
 
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
         classifier = self._trained.classifier_keys() if self._trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
+
+    def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
+        """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
+        end where everybody's do, so one stand-in serves all, and every position of the chain lends it another layer."""
+        window = stage.window
+        if stage.kind != "window" or max_layers is None or max_layers >= len(window.layers):
+            return stage
+        return Stage(stage.kind, Window(window.stop - max_layers, window.stop), stage.sweep)
 
     def needed(self, stage: Stage | None, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all that the model at this stage is made of; None: adapters before any training.
@@ -74,40 +99,45 @@ class GlobalModel:
 
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
-        keys = self._trained.sorted_keys()
-        return self._trained.select(keys), self._trained.versions(keys)
+        return self.select(self._model_keys())
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Install new values of adapters or the classifier; the final features are others from now on."""
+        """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""
         self._trained.replace(arrays)
-        self._classifier_factor = None
+        self._factor = {}
 
-    def refuse_classifier_factor(self, arrays: Arrays) -> str | None:
+    def refuse_factor(self, arrays: object) -> str | None:
         """Why these are not the statistics of a closed-form classifier, or None."""
         if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
             return f"classifier statistics: expected {FACTOR_KEY} alone"
-        num_labels, width = self._trained.select([OUT_WEIGHT])[OUT_WEIGHT].shape
-        width += 1 + num_labels
+        num_labels, hidden_size = self.array(OUT_WEIGHT).shape
+        width = hidden_size + 1 + num_labels
         factor = arrays[FACTOR_KEY]
         num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
         return refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
 
-    def fit_classifier(self, factors: list[np.ndarray]) -> None:
-        """The classifier that all rows seen since the features last changed ask for, these clients' included."""
-        known = [] if self._classifier_factor is None else [self._classifier_factor]
-        self._classifier_factor = classifier_fit.merge([*known, *factors])
-        num_labels = len(self._trained.select([OUT_WEIGHT])[OUT_WEIGHT])
-        self._trained.replace(classifier_fit.solve(self._classifier_factor, num_labels))
+    def fit_classifier(self, statistics: list[Arrays]) -> None:
+        """The classifier that all rows seen since the features last changed ask for, these included, in this order."""
+        parts = [self._factor, *statistics] if self._factor else statistics
+        factor = classifier_fit.merge([part[FACTOR_KEY] for part in parts])
+        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT))))
+        self._factor = {FACTOR_KEY: factor}
 
     def statistics(self) -> Arrays:
         """What is kept beside the parameters: stand-ins, and the classifier's factor while the features stand."""
-        kept = {} if self._classifier_factor is None else {FACTOR_KEY: self._classifier_factor}
-        return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **kept}
+        return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **self._factor}
 
-    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], classifier_factor: np.ndarray | None) -> None:
+    def take_factor(self, saved: Arrays) -> Arrays:
+        """The classifier's factor among saved arrays, {} without one. Raises CorruptFile if it cannot be one."""
+        found = {key: array for key, array in saved.items() if key == FACTOR_KEY}
+        if found and (reason := self.refuse_factor(found)):
+            raise CorruptFile(f"saved state: {reason}; start a new run")
+        return found
+
+    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], factor: Arrays) -> None:
         """Exactly these, as after a restore."""
         self._stand_ins = Parameters(stand_ins)
-        self._classifier_factor = classifier_factor
+        self._factor = factor
 
     def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._stand_ins.replace(arrays)

@@ -1,13 +1,13 @@
 """Which stage every round trains, by method. In: configuration, depth, start layer; out: pure functions of the round.
 
-The methods beside `chain` are the baselines that need no other machinery: no training, the classifier alone, a
-window fixed at the top, all adapters at once.
+The methods beside `chain` are baselines: no training, the classifier alone, a window fixed at the top, and those that
+train all layers at once (`server.methods` has what else sets these apart).
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from chainfed_engine.config import ChainConfig
+from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.types import Stage, TaskKind, Window
@@ -44,17 +44,16 @@ class Plan:
         return {
             "chain": self.config.start_layer,
             "top-window": self.num_layers - self.config.window,
-            "full-adapters": 0,
-        }.get(self.config.method, self.num_layers)
+        }.get(self.config.method, 0 if self.config.method in END_TO_END else self.num_layers)
 
     def stage(self, round_id: int, start_layer: int) -> Stage:
         match self.config.method:
             case "chain":
                 return self._schedule(start_layer).stage(round_id)
-            case "top-window" | "full-adapters":
-                return Stage("window", Window(start_layer, self.num_layers), 0)
-            case _:
+            case "none" | "linear-probe":
                 return Stage("probe", Window(self.num_layers, self.num_layers), 0)
+            case _:
+                return Stage("window", Window(start_layer, self.num_layers), 0)
 
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
@@ -62,7 +61,7 @@ class Plan:
 
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
-        if self.config.method != "chain" or not self.config.stand_in:
+        if self.config.method != "chain" or not self.config.stand_in or self.config.foresight_every == 1:
             return range(0)
         return range(start_layer + self.config.window, self.num_layers)
 
@@ -84,7 +83,7 @@ class Plan:
 
     def _schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self.task)
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self.task, config.aggregation)
         return Schedule(config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
     def _trains_classifier_alone(self) -> bool:

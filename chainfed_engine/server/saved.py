@@ -6,6 +6,7 @@ seed, method, clients, model) is refused instead of being continued into somethi
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,16 +19,24 @@ from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
 FORMAT = "chainfed-server-state"
-VERSION = 1
+VERSION = 2
 # What may change between a kill and the resume, because no bit of the result depends on it.
-_FREE_FIELDS = {"budget", "eval_every", "rounds"}  # rounds have a rule of their own, see `_require_rounds`
+_FREE_FIELDS = {
+    "budget",
+    "eval_every",
+    "rounds",
+    "deadline_seconds",
+    "quorum",
+    "grace_seconds",
+}  # rounds have a rule of their own, see `_require_rounds`
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """How far a run got. `stand_in_depths`: where stand-ins are fitted.
 
-    `rejections`: one line of reasons for each exchange rejected in a row up to now.
+    `rejections`: one line of reasons for each exchange rejected in a row up to now. `typical_norm`, `typical_steps`:
+    medians of the last cohort that was large enough to tell (see quarantine.py).
     """
 
     round_id: int
@@ -36,16 +45,31 @@ class Progress:
     stand_in_depths: tuple[int, ...]
     rejections: tuple[str, ...]
     only_non_finite: bool
+    typical_norm: float | None
+    typical_steps: float | None
 
 
 def identity(
-    config: ChainConfig, shape: ModelShape, task: TaskKind, client_samples: Mapping[str, int]
+    config: ChainConfig,
+    shape: ModelShape,
+    task: TaskKind,
+    client_samples: Mapping[str, int],
+    client_windows: Mapping[str, int],
+    base: str,
 ) -> dict[str, Any]:
     """What must be equal for a run to be continued; JSON-able."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
     samples = dict(client_samples)
     model = dataclasses.asdict(shape)
-    return {"config": fields, "rounds": config.rounds, "model": model, "task": task, "client_samples": samples}
+    return {
+        "config": fields,
+        "rounds": config.rounds,
+        "model": model,
+        "task": task,
+        "client_samples": samples,
+        "client_windows": dict(client_windows),
+        "base": base,
+    }
 
 
 def to_record(run: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -70,6 +94,9 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
     _require(
         progress["start_layer"] is None or _is_count(progress["start_layer"]), "start_layer", progress["start_layer"]
     )
+    for name in ("typical_norm", "typical_steps"):
+        value = progress[name]
+        _require(value is None or (type(value) is float and 0 <= value < math.inf), name, value)
     _require_rounds(record["run"]["rounds"], run, progress["start_layer"])
     rejections = progress["rejections"]
     _require(
@@ -107,11 +134,12 @@ def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int 
     config, rounds = run["config"], run["rounds"]
     if rounds == saved_rounds or config["method"] != "chain":
         return
-    task, chosen = run["task"], config["probe_rounds"]
+    rest = (run["task"], config["aggregation"])
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
     if config["schedule"] != "continuous":
         raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
-    if num_probe_rounds(chosen, rounds, task) != num_probe_rounds(chosen, saved_rounds, task):
+    chosen = config["probe_rounds"]
+    if num_probe_rounds(chosen, rounds, *rest) != num_probe_rounds(chosen, saved_rounds, *rest):
         raise ConfigError(f"{change}; that changes how many of them probe: fix probe_rounds or start a new run")
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
     if start_layer is not None and (rounds - saved_rounds) % sweep:
@@ -129,7 +157,13 @@ def _require_same_run(saved: Any, run: Mapping[str, Any]) -> None:
             )
     if saved["config"].keys() != run["config"].keys():
         raise CorruptFile("saved state: its configuration has other fields than this version's; start a new run")
-    for name, what in (("model", "model shape"), ("task", "task"), ("client_samples", "clients or their samples")):
+    for name, what in (
+        ("model", "model shape"),
+        ("task", "task"),
+        ("client_samples", "clients or their samples"),
+        ("client_windows", "layers that clients can train"),
+        ("base", "frozen model's weights"),
+    ):
         if saved[name] != run[name]:
             raise ConfigError(f"resume: the {what} differ from the saved run's; use the same model and data")
 

@@ -6,27 +6,28 @@ whatever order the replies arrive and however often the run was saved and restor
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.config import ChainConfig
-from chainfed_engine.errors import ChainfedError, CorruptFile, InconsistentUpdates, InvalidArgument, NonFiniteLoss
+from chainfed_engine.errors import ConfigError, CorruptFile, InvalidArgument
 from chainfed_engine.server import saved
-from chainfed_engine.server.aggregate import federated_average
-from chainfed_engine.server.checks import one_line, refuse_arrays
+from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
+from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
+from chainfed_engine.server.setbacks import Setbacks
 from chainfed_engine.server.summary import Summary
-from chainfed_engine.server.updates import UpdateCollector, only_non_finite, summarize_reasons
+from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
 
-MAX_REJECTED_IN_A_ROW = 3
 # A stand-in of D x D numbers wants as many tokens as it can get: few clients make up for it with more batches each.
 STAND_IN_BATCHES = 16
 
@@ -34,6 +35,7 @@ STAND_IN_BATCHES = 16
 class Server:
     """`initial`: float32 adapters (`adapters.<layer>.<name>`) of every layer the method may train, and for
     classification `classifier.<name>`. `client_samples`: number of training samples by client, all positive.
+    `client_windows`: layers a client can train at once, where that is a limit. `base`: fingerprint of the frozen model.
     Raises ConfigError for a configuration that cannot run, InvalidArgument for arrays or clients that do not fit.
     """
 
@@ -44,6 +46,9 @@ class Server:
         initial: Mapping[str, np.ndarray],
         client_samples: Mapping[str, int],
         task: TaskKind,
+        *,
+        client_windows: Mapping[str, int] | None = None,
+        base: str = "",
     ) -> None:
         if not client_samples or min(client_samples.values()) < 1:
             raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
@@ -51,21 +56,32 @@ class Server:
         self.shape = shape
         self.task = task
         self.client_samples = dict(client_samples)
+        self.client_windows = dict(client_windows or {})
+        self.base = base
+        if any(layers < 1 for layers in self.client_windows.values()):
+            raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
         self._plan = Plan(config, shape.num_layers, task)
+        method = method_class(config.method)
+        if config.aggregation in ("median", "trimmed-mean") and not method.averages_values:
+            raise ConfigError(
+                f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
+                f'{config.method} do not send; use "mean" or "multi-krum"'
+            )
         self._model = GlobalModel(
-            initial,
+            {**initial, **method.extra_state(config, initial)},
             task,
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
-            uses_later_adapters=config.auxiliary_weight > 0,
+            uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
         )
+        self._method = method(config, self._model)
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
         self._round_id = 0
-        self._rejections: list[str] = []  # reasons of the rejected exchanges since the last accepted one
-        self._only_non_finite = True  # whether NaN and infinity are all that is behind them
+        self._setbacks = Setbacks()
         self._pending: dict[str, Task] | None = None
+        self._typical_size: Size | None = None  # of the updates of the last cohort that could tell
 
     # -- where the run stands ------------------------------------------------------------------------------------
 
@@ -105,8 +121,7 @@ class Server:
         """
         if self.done:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
-        if len(self._rejections) >= MAX_REJECTED_IN_A_ROW:
-            raise self._too_many_rejections()
+        self._setbacks.check("profile attempts" if self._profile_pending else "rounds")
         tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
         self._pending = {task.client: task for task in tasks}
         return tasks
@@ -114,7 +129,16 @@ class Server:
     def evaluation_task(self, client: str) -> Task:
         """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
         arrays, versions = self._model.everything()
-        return Task("evaluate", client, self._round_id, None, arrays, {"batch_size": self.config.batch_size}, versions)
+        return Task(
+            "evaluate",
+            client,
+            self._round_id,
+            None,
+            arrays,
+            {"batch_size": self.config.batch_size},
+            versions,
+            self.base,
+        )
 
     def _profile_tasks(self) -> list[Task]:
         attempt = self._profile_attempts
@@ -133,14 +157,14 @@ class Server:
                 "seed": self._seed(PROFILE_STREAM, attempt, name),
             }
             arrays = self._lacking(name, needed, versions)
-            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions))
+            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self.base))
         return tasks
 
     def _train_tasks(self) -> list[Task]:
-        stage = self._stage()
-        needed, versions = self._model.needed(stage, self._known_start_layer())
         config, tasks = self.config, []
         for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
+            stage = self._method.stage(self._stage(), self._round_id, name)
+            needed, versions = self._method.needed(stage, self._known_start_layer())
             settings: dict[str, Scalar] = {
                 "lr": config.lr,
                 "batch_size": config.batch_size,
@@ -149,9 +173,11 @@ class Server:
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
                 "closed_form": self._plan.fits_classifier(stage),
+                **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
-            tasks.append(Task("train", name, self._round_id, stage, arrays, settings, versions))
+            own = self._model.for_client(stage, self.client_windows.get(name))
+            tasks.append(Task("train", name, self._round_id, own, arrays, settings, versions, self.base))
         return tasks
 
     def _lacking(self, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
@@ -168,11 +194,15 @@ class Server:
             raise InvalidArgument("receive: expected next_tasks() before it")
         pending, collector = self._pending, self._collector(self._pending)
         rejected: dict[str, str] = {}
-        bytes_up = 0
+        silent, num_late, bytes_up = set(pending), 0, 0
         for reply in replies:
             bytes_up += _num_bytes(reply.arrays)
+            if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
+                num_late += 1  # dropped, and its client may still answer this exchange
+                continue
             asked = isinstance(reply.client, str) and reply.client in pending
             reason = collector.add(reply) if asked else "not asked in this round"
+            silent.discard(reply.client if asked else "")
             if reason is not None:
                 rejected[one_line(reply.client)] = reason
         self._pending = None
@@ -182,17 +212,22 @@ class Server:
             summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
         else:
             summary = self._finish_round(collector, rejected, bytes_down, bytes_up)
+        summary = replace(summary, silent=tuple(sorted(silent)), num_late=num_late)
         for client, task in pending.items():
             if client in summary.clients:
                 self._holdings.confirm(client, task.versions)
             else:
                 self._holdings.forget(client)
         if summary.accepted:
-            self._rejections, self._only_non_finite = [], True
+            self._setbacks.accepted()
         else:
-            self._rejections.append(summarize_reasons(rejected))
-            self._only_non_finite &= only_non_finite(rejected)
+            self._setbacks.rejected(summary.rejected)
         return summary
+
+    def forget(self, clients: Iterable[str]) -> None:
+        """Rely no longer on what these clients hold: they answered a server that is gone, or were started anew."""
+        for client in clients:
+            self._holdings.forget(client)
 
     def _collector(self, pending: dict[str, Task]) -> ProfileCollector | UpdateCollector:
         if self._profile_pending:
@@ -204,12 +239,14 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
-        stage = self._stage()
-        if self._plan.fits_classifier(stage):
-            return UpdateCollector(pending, refuse=self._model.refuse_classifier_factor, samples=self.client_samples)
-        trained = self._model.trained(stage)
+        closed_form = self._plan.fits_classifier(self._stage())
+        method = self._method
         return UpdateCollector(
-            pending, refuse=lambda arrays: refuse_arrays(arrays, trained), samples=self.client_samples
+            pending,
+            refuse=method.refuse_statistics if closed_form else method.refuse_update,
+            before=None if closed_form else method.before,
+            samples=self.client_samples,
+            last_size=self._typical_size,
         )
 
     def _finish_profile(
@@ -244,24 +281,29 @@ class Server:
         bytes_up: int,
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
+        config = self.config
+        rejected |= collector.finish(
+            norm_limit=config.norm_limit, aggregation=config.aggregation, hostile_share=config.hostile_share
+        )
         if collector.usable and self._plan.fits_classifier(stage):
-            factors = [collector.usable[name].arrays[FACTOR_KEY] for name in sorted(collector.usable)]
-            self._model.fit_classifier(factors)
+            self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
         elif collector.usable:
-            self._model.update(federated_average(collector.usable))
+            self._model.update(self._method.combine(collector.usable))
+        self._typical_size = collector.typical_size
         self._round_id += 1
         return Summary(
             "round",
             round_id,
             bool(collector.usable),
             clients=tuple(sorted(collector.usable)),
-            rejected=rejected,
+            rejected=dict(sorted(rejected.items())),
             bytes_down=bytes_down,
             bytes_up=bytes_up,
             stage=stage,
             loss=collector.mean_loss(),
             totals=collector.totals(),
             start_layer=self._start_layer,
+            typical_norm=self._typical_size.norm if self._typical_size else None,
         )
 
     # -- save and restore ----------------------------------------------------------------------------------------
@@ -273,31 +315,33 @@ class Server:
             profile_attempts=self._profile_attempts,
             start_layer=self._start_layer,
             stand_in_depths=tuple(sorted(self._model.stand_in_depths())),
-            rejections=tuple(self._rejections),
-            only_non_finite=self._only_non_finite,
+            rejections=tuple(self._setbacks.reasons),
+            only_non_finite=self._setbacks.only_non_finite,
+            typical_norm=self._typical_size.norm if self._typical_size else None,
+            typical_steps=self._typical_size.steps if self._typical_size else None,
         )
-        return {**self._model.parameters(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
+        return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
         many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
-        own, depths = self.parameters(), progress.stand_in_depths
-        if FACTOR_KEY in arrays and (reason := self._model.refuse_classifier_factor({FACTOR_KEY: arrays[FACTOR_KEY]})):
-            raise CorruptFile(f"saved state: {reason}; start a new run")
-        others = {key: array for key, array in arrays.items() if key != FACTOR_KEY}
+        own, depths = self._model.state(), progress.stand_in_depths
+        kept = self._model.take_factor(arrays)
+        others = {key: array for key, array in arrays.items() if key not in kept}
         stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_statistics({key: arrays[key] for key in stand_ins}, arrays.get(FACTOR_KEY))
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
         self._holdings = Holdings()
         self._pending = None
         self._round_id = progress.round_id
         self._profile_attempts = progress.profile_attempts
         self._start_layer = progress.start_layer
-        exhausted = len(progress.rejections) >= MAX_REJECTED_IN_A_ROW
-        self._rejections = [] if exhausted else list(progress.rejections)
-        self._only_non_finite = exhausted or progress.only_non_finite
+        self._setbacks = Setbacks(progress.rejections, progress.only_non_finite)
+        self._typical_size = None
+        if progress.typical_norm is not None and progress.typical_steps is not None:
+            self._typical_size = Size(progress.typical_norm, progress.typical_steps)
 
     # -- small parts ---------------------------------------------------------------------------------------------
 
@@ -328,7 +372,7 @@ class Server:
         return client_seed(self.config.seed, stream, index, client)
 
     def _identity(self) -> dict[str, Any]:
-        return saved.identity(self.config, self.shape, self.task, self.client_samples)
+        return saved.identity(self.config, self.shape, self.task, self.client_samples, self.client_windows, self.base)
 
     def _check_start_layer(self, progress: saved.Progress) -> None:
         fixed = self._plan.fixed_start_layer()
@@ -344,15 +388,6 @@ class Server:
             possible = self._plan.stand_in_depths(found)
         if not set(progress.stand_in_depths) <= set(possible):
             raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
-
-    def _too_many_rejections(self) -> ChainfedError:
-        kind = NonFiniteLoss if self._only_non_finite else InconsistentUpdates
-        what = "profile attempts" if self._profile_pending else "rounds"
-        advice = "; try a lower lr" if kind is NonFiniteLoss else ""
-        return kind(
-            f"no usable update in {len(self._rejections)} {what} in a row (last: {self._rejections[-1]}); "
-            f"the parameters are as before them{advice}"
-        )
 
 
 def _num_bytes(arrays: object) -> int:

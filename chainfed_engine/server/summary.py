@@ -13,7 +13,8 @@ class Summary:
 
     `follows_round`: the round before it, -1 at the start (profile only). `loss`: mean of the counted clients' losses
     weighted by samples, None without one. `totals`: every other metric, summed over the counted clients. `bytes_down`,
-    `bytes_up`: bytes of arrays sent to clients and received from them.
+    `bytes_up`: bytes of arrays sent to clients and received from them. `silent`: asked and not heard of. `num_late`:
+    replies to earlier rounds, dropped. `typical_norm`: median root mean square change of the cohort's updates.
     """
 
     kind: Literal["profile", "round"]
@@ -29,3 +30,6 @@ class Summary:
     start_layer: int | None = None
     scores: tuple[float, ...] = ()  # mean CKA by layer, profile only
     follows_round: int = -1
+    silent: tuple[str, ...] = ()
+    num_late: int = 0
+    typical_norm: float | None = None

@@ -1,10 +1,15 @@
 """The updates of one round as they come in. In: replies one by one; out: the usable ones, and a reason for every other.
 
-A client that sends more than one reply loses all of them: which of two came first must not matter.
+The same reply twice counts once: networks repeat. A client that sends two different replies loses both: which of
+them came first must not matter.
 """
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
+from chainfed_engine.server import quarantine
+from chainfed_engine.server.aggregate import krum_outsiders
 from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_envelope
 from chainfed_engine.types import Arrays, Reply, Task
 
@@ -12,31 +17,60 @@ LOSS = "loss"
 
 
 class UpdateCollector:
-    """`refuse`: why a reply's arrays are none that this round asked for, or None."""
+    """`refuse`: why the arrays of a reply do not answer its task, or None. `before`: what an update is measured from
+    (None: these replies are no updates, their size says nothing). `last_size`: what was typical of the last cohort that
+    could tell."""
 
     def __init__(
-        self, tasks: Mapping[str, Task], *, refuse: Callable[[Arrays], str | None], samples: Mapping[str, int]
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        refuse: Callable[[Task, Arrays], str | None],
+        before: Callable[[Task], Mapping[str, np.ndarray]] | None,
+        samples: Mapping[str, int],
+        last_size: quarantine.Size | None = None,
     ) -> None:
         self._tasks = tasks
-        self._refuse = refuse
+        self._refuse, self._before = refuse, before
         self._samples = samples
         self._seen: set[str] = set()
+        self._sizes: dict[str, quarantine.Size] = {}
+        self.typical_size = last_size
         self.usable: dict[str, Reply] = {}
 
     def add(self, reply: Reply) -> str | None:
         """Take one reply of a client that was asked; the reason if it is refused."""
+        task = self._tasks[reply.client]
         if reply.client in self._seen:
-            self.usable.pop(reply.client, None)
-            return "more than one reply to one task"
+            return self._add_again(reply)
         self._seen.add(reply.client)
-        reason = refuse_envelope(reply, self._tasks[reply.client], max_samples=self._samples[reply.client])
+        reason = refuse_envelope(reply, task, max_samples=self._samples[reply.client])
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
-            reason = self._refuse(reply.arrays)
+            reason = self._refuse(task, reply.arrays)
         if reason is None:
+            if self._before is not None:
+                norm = quarantine.update_norm(reply.arrays, self._before(task))
+                self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
             self.usable[reply.client] = reply
         return reason
+
+    def finish(self, *, norm_limit: float, aggregation: str, hostile_share: float) -> dict[str, str]:
+        """No more replies will come: refuse updates that are out of line with the cohort; client -> reason."""
+        if self._before is None:
+            return {}
+        sizes = {client: self._sizes[client] for client in sorted(self.usable)}
+        typical = quarantine.typical_size(sizes, self.typical_size)
+        refused = quarantine.refuse_norms(sizes, typical, limit=norm_limit)
+        self._drop(refused)
+        if self.usable:
+            self.typical_size = typical
+        if aggregation == "multi-krum":
+            far = krum_outsiders(self.usable, hostile_share=hostile_share)
+            refused |= dict.fromkeys(far, "multi-krum: among the furthest from the other updates")
+            self._drop(refused)
+        return refused
 
     def mean_loss(self) -> float | None:
         """Mean loss of the usable replies weighted by samples, summed in name order."""
@@ -54,6 +88,26 @@ class UpdateCollector:
                     sums[metric] = sums.get(metric, 0.0) + float(value)
         return sums
 
+    def _add_again(self, reply: Reply) -> str | None:
+        first = self.usable.get(reply.client)
+        if first is not None and _same(first, reply):
+            return None
+        self.usable.pop(reply.client, None)
+        return "more than one reply to one task, and not the same"
+
+    def _drop(self, refused: Mapping[str, str]) -> None:
+        for client in refused:
+            self.usable.pop(client, None)
+
+
+def num_steps(task: Task, num_samples: int) -> float:
+    """Optimizer steps that the task asks of a client with so many samples; 1 where it does not say."""
+    settings = task.settings
+    batch_size = int(settings.get("batch_size", 0)) or max(num_samples, 1)
+    steps = -(-num_samples // batch_size) * int(settings.get("local_epochs", 1))
+    limit = int(settings.get("max_local_steps", 0))
+    return float(max(1, min(steps, limit) if limit else steps))
+
 
 def only_non_finite(reasons: Mapping[str, str]) -> bool:
     """Whether every client was refused because of NaN or infinity."""
@@ -65,3 +119,19 @@ def summarize_reasons(reasons: Mapping[str, str]) -> str:
     named = [f"{client}: {reason}" for client, reason in sorted(reasons.items())]
     more = f"; and {len(named) - 3} more" if len(named) > 3 else ""
     return one_line("; ".join(named[:3])) + more if named else "no client answered"
+
+
+def _same(first: Reply, second: Reply) -> bool:
+    """Whether two replies say the same, bit for bit, but for what was measured in seconds."""
+    if second.error is not None or first.num_samples != second.num_samples or not isinstance(second.arrays, Mapping):
+        return False
+    if first.arrays.keys() != second.arrays.keys():
+        return False
+    pairs = [(array, second.arrays[key]) for key, array in first.arrays.items()]
+    return all(
+        isinstance(other, np.ndarray)
+        and array.shape == other.shape
+        and array.dtype == other.dtype
+        and array.tobytes() == other.tobytes()
+        for array, other in pairs
+    )

@@ -11,11 +11,8 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-const SimdTable<const Int8Level*> kTable = {&kInt8Scalar, &kInt8Avx2, &kInt8Avx512Vnni};
-#else
-const SimdTable<const Int8Level*> kTable = {&kInt8Scalar, &kInt8Scalar, &kInt8Scalar};
-#endif
+constexpr SimdTable<const Int8Level*> kTable =
+    CHAINFED_LEVELS(&kInt8Scalar, &kInt8Avx2, &kInt8Avx512Vnni, &kInt8Neon, &kInt8Dotprod, &kInt8I8mm);
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -15,26 +15,22 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_avx2, softmax_row_avx512vnni};
-constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_avx2, fill_cell_avx512vnni};
-constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_avx2,
-                                                       accumulate_cell_avx512vnni};
-constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_avx2, quantize_cell_avx2};
-constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_avx2, quantize_panel_avx2};
-constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_avx2,
-                                                         accumulate_int16_avx512vnni};
-#else
-constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_scalar, softmax_row_scalar};
-constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_scalar, fill_cell_scalar};
-constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_scalar,
-                                                       accumulate_cell_scalar};
-constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_scalar, quantize_cell_scalar};
-constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_scalar,
-                                                     quantize_panel_scalar};
-constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_scalar,
-                                                         accumulate_int16_scalar};
-#endif
+constexpr SimdTable<SoftmaxRow> kSoftmaxRow = CHAINFED_LEVELS(
+    softmax_row_scalar, softmax_row_avx2, softmax_row_avx512vnni, softmax_row_neon, softmax_row_neon, softmax_row_neon);
+constexpr SimdTable<FillCell> kFillCell = CHAINFED_LEVELS(fill_cell_scalar, fill_cell_avx2, fill_cell_avx512vnni,
+                                                          fill_cell_neon, fill_cell_neon, fill_cell_neon);
+constexpr SimdTable<AccumulateCell> kAccumulateCell =
+    CHAINFED_LEVELS(accumulate_cell_scalar, accumulate_cell_avx2, accumulate_cell_avx512vnni, accumulate_cell_neon,
+                    accumulate_cell_neon, accumulate_cell_neon);
+constexpr SimdTable<QuantizeCell> kQuantizeCell =
+    CHAINFED_LEVELS(quantize_cell_scalar, quantize_cell_avx2, quantize_cell_avx2, quantize_cell_neon,
+                    quantize_cell_neon, quantize_cell_neon);
+constexpr SimdTable<QuantizePanel> kQuantizePanel =
+    CHAINFED_LEVELS(quantize_panel_scalar, quantize_panel_avx2, quantize_panel_avx2, quantize_panel_neon,
+                    quantize_panel_neon, quantize_panel_neon);
+constexpr SimdTable<AccumulateInt16> kAccumulateInt16 =
+    CHAINFED_LEVELS(accumulate_int16_scalar, accumulate_int16_avx2, accumulate_int16_avx512vnni, accumulate_int16_neon,
+                    accumulate_int16_neon, accumulate_int16_neon);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -130,7 +130,8 @@ def clients(count: int, trainer: FakeTrainer) -> list[Client]:
 
 
 def server_of(chain: ChainConfig, transport: LocalTransport) -> Server:
-    return Server(chain, SHAPE, initial(), transport.client_samples, "classification")
+    samples, windows = transport.client_samples, transport.client_windows
+    return Server(chain, SHAPE, initial(), samples, "classification", client_windows=windows)
 
 
 def run(

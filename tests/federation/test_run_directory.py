@@ -63,7 +63,7 @@ def test_the_last_two_states_are_kept_and_the_newest_is_loaded(tmp_path: Path) -
     with RunDirectory(tmp_path) as directory:
         for index in range(5):
             directory.save((_arrays(index), {"index": index}))
-        assert len(list((tmp_path / "state").iterdir())) == 2
+        assert len(list((tmp_path / "state").glob("state-*"))) == 2
         saved = directory.load()
     assert saved is not None
     assert saved.record == {"index": 4} and (saved.arrays["adapters.0.up_weight"] == 4).all() and saved.skipped == ()

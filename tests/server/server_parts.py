@@ -63,11 +63,21 @@ class Site:
         if task.settings["closed_form"]:
             x = generator.normal(size=(self.samples[task.client], HIDDEN))
             statistics = classifier_fit.statistics(x, (x[:, 0] > 0).astype(np.int64), 3)
-            return Reply("train", task.client, task.round_id, self.samples[task.client], statistics, {"loss": 1.0})
+            return Reply(
+                "train",
+                task.client,
+                task.round_id,
+                self.samples[task.client],
+                statistics,
+                {"loss": 1.0},
+                stage=task.stage,
+            )
         arrays = {}
         for key in trained_keys(task):
             arrays[key] = held[key] + generator.normal(size=held[key].shape).astype(np.float32)
-        return Reply("train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0})
+        return Reply(
+            "train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0}, stage=task.stage
+        )
 
 
 def play(server: Server, *, rounds: int | None = None, site: Site | None = None) -> list[Summary]:

@@ -75,7 +75,7 @@ def test_statistics_are_asked_for_a_few_depths_at_a_time_right_before_the_first_
             assert task.stage is not None
             steps.append(task.stage.window.stop)
             trained = {k: a for k, a in server.parameters().items() if k.startswith(_trained(task))}
-            server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0})])
+            server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0}, stage=task.stage)])
     assert steps == [(1, 3), 1, 2, (3, 5), 3, 4, (5, 6), 5, 6, 1, 2, 3, 4, 5, 6]
 
 
@@ -123,7 +123,7 @@ def test_a_stage_gets_the_stand_in_of_its_own_depth_once_and_none_at_the_top() -
         sent = {key for key in task.arrays if key.startswith("stand_in.")}
         depths.append(({key.split(".")[1] for key in needed}, bool(sent)))
         trained = {k: a for k, a in server.parameters().items() if k.startswith(_trained(task))}
-        server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0})])
+        server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0}, stage=task.stage)])
     assert depths == [({"4"}, True), ({"5"}, True), (set(), False), ({"4"}, False), ({"5"}, False), (set(), False)]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from chainfed_engine.errors import InconsistentUpdates, NonFiniteLoss
 from chainfed_engine.server import MAX_REJECTED_IN_A_ROW, Server
-from chainfed_engine.types import Reply
+from chainfed_engine.types import Reply, Stage, Window
 from tests.server.server_parts import Site, make_server, play, same_bits
 
 KEY = "adapters.1.up_weight"
@@ -40,6 +40,12 @@ BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
         "not asked for",
     ),
     "another round": (lambda r: dataclasses.replace(r, round_id=7), "expected round 0"),
+    "another window": (
+        lambda r: dataclasses.replace(r, stage=Stage("window", Window(1, 3), 0)),
+        "expected the window 0 to 2, got 1 to 3",
+    ),
+    "no window": (lambda r: dataclasses.replace(r, stage=None), "got none"),
+    "another model": (lambda r: dataclasses.replace(r, base="other"), "frozen model"),
     "another kind": (lambda r: dataclasses.replace(r, kind="evaluate"), "expected a reply to train"),
     "no samples": (lambda r: dataclasses.replace(r, num_samples=0), "num_samples"),
     "more samples than announced": (lambda r: dataclasses.replace(r, num_samples=10**9), "num_samples"),
@@ -69,7 +75,7 @@ def test_a_bad_reply_is_refused_with_a_reason_and_does_no_harm(what: str, positi
     assert same_bits(server.parameters(), without.parameters())
 
 
-def test_a_client_that_answers_twice_counts_not_at_all_in_any_order() -> None:
+def test_a_client_that_answers_twice_and_differently_counts_not_at_all_in_any_order() -> None:
     results = []
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
         server = make_server()
@@ -77,7 +83,7 @@ def test_a_client_that_answers_twice_counts_not_at_all_in_any_order() -> None:
         replies.append(_nan(replies[0]))
         summary = server.receive([replies[index] for index in order])
         assert summary.clients == (replies[1].client, replies[2].client)
-        assert summary.rejected == {replies[0].client: "more than one reply to one task"}
+        assert summary.rejected == {replies[0].client: "more than one reply to one task, and not the same"}
         results.append(server.parameters())
     assert all(same_bits(results[0], result) for result in results)
 
@@ -136,3 +142,28 @@ def test_after_an_error_the_client_gets_everything_anew() -> None:
     everything = set(task.arrays)
     server.receive([dataclasses.replace(site.answer(task), error="disk full", arrays={})])
     assert set(server.next_tasks()[0].arrays) == everything
+
+
+def test_the_same_answer_twice_counts_once() -> None:
+    server, once = make_server(), make_server()
+    replies = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
+    again = dataclasses.replace(replies[1], arrays={key: array.copy() for key, array in replies[1].arrays.items()})
+    summary = server.receive([replies[0], again, replies[1], replies[2], again])
+    assert summary.rejected == {} and len(summary.clients) == 3
+    once.next_tasks()
+    once.receive(replies)
+    assert same_bits(server.parameters(), once.parameters())
+
+
+def test_an_answer_to_an_earlier_round_is_dropped_and_its_client_may_still_answer_this_one() -> None:
+    server = make_server(samples={"a": 5, "b": 6}, clients_per_round=2)
+    site = Site(server.client_samples)
+    first = [site.answer(task) for task in server.next_tasks()]
+    summary = server.receive(first[:1])
+    assert summary.silent == ("b",) and summary.num_late == 0
+    second = [site.answer(task) for task in server.next_tasks()]
+    summary = server.receive([first[1], *second])
+    assert summary.clients == ("a", "b") and summary.num_late == 1 and summary.rejected == {}
+    server.next_tasks()
+    summary = server.receive([first[1]])
+    assert summary.silent == ("a", "b") and summary.num_late == 1 and summary.rejected == {}

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from dataclasses import replace
 
@@ -157,14 +158,14 @@ def test_the_average_of_one_client_is_its_update_bit_for_bit() -> None:
     update = {key: array.copy() for key, array in reply.arrays.items()}
     next(iter(update.values())).flat[0] = -0.0
     next(iter(update.values())).flat[1] = np.float32(1e-45)  # subnormal
-    server.receive([Reply("train", reply.client, 0, reply.num_samples, update, {"loss": 1.0})])
+    server.receive([Reply("train", reply.client, 0, reply.num_samples, update, {"loss": 1.0}, stage=reply.stage)])
     assert same_bits({key: server.parameters()[key] for key in update}, update)
 
 
 def test_equal_updates_average_to_themselves() -> None:
     server = make_server(samples={"a": 7, "b": 13, "c": 101})
     first, *others = [Site(server.client_samples).answer(task) for task in server.next_tasks()]
-    replies = [first, *(Reply("train", r.client, 0, r.num_samples, first.arrays, {"loss": 1.0}) for r in others)]
+    replies = [first, *(dataclasses.replace(r, arrays=first.arrays) for r in others)]
     server.receive(replies)
     assert same_bits({key: server.parameters()[key] for key in first.arrays}, first.arrays)
 
@@ -174,7 +175,11 @@ def test_clients_weigh_as_many_samples_as_they_have() -> None:
     replies = []
     for task, value in zip(server.next_tasks(), (0.0, 4.0), strict=True):
         arrays = {key: np.full_like(array, value) for key, array in task.arrays.items() if _is_trained(key)}
-        replies.append(Reply("train", task.client, 0, server.client_samples[task.client], arrays, {"loss": value}))
+        replies.append(
+            Reply(
+                "train", task.client, 0, server.client_samples[task.client], arrays, {"loss": value}, stage=task.stage
+            )
+        )
     summary = server.receive(replies)
     assert summary.loss == 3.0
     assert all((array == 3.0).all() for key, array in server.parameters().items() if _is_trained(key))

@@ -86,7 +86,7 @@ def _damage(arrays: Any, record: Any, what: str) -> None:
         case "no record":
             record.clear()
         case "a newer version":
-            record["version"] = 2
+            record["version"] += 1
         case "a negative round":
             record["progress"]["round_id"] = -1
         case "a round that is text":
