@@ -64,7 +64,7 @@ lint: venv  ## ruff, mypy, clang-format
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build sanitize-address  ## linters, C++ tests (plain and sanitized), Python tests
+test: lint build sanitize-address sanitize-thread-short  ## linters, C++ tests (plain, sanitized, Arm where qemu is), Python tests
 	ctest --test-dir build --output-on-failure
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
@@ -78,13 +78,22 @@ sanitize-address: venv  ## the C++ tests with address and undefined-behaviour sa
 sanitize-thread: venv  ## the C++ tests with the thread sanitizer
 	$(call run_preset,tsan)
 
+# What runs threads of its own: the pool and the store's reader.
+sanitize-thread-short: venv  ## the thread sanitizer over pool and reader alone
+	$(call build_preset,tsan,base_test store_test)
+	ctest --preset tsan --tests-regex '^(base|store)_test$$'
+
 test-aarch64: venv  ## the C++ tests cross-compiled, under qemu, with CPUs that have and lack each extension
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
 
-define run_preset
+define build_preset
 	@mkdir -p build
 	@cmake --preset $(1) >build/$(1).log || { cat build/$(1).log; exit 1; }
-	@cmake --build --preset $(1) --parallel $(JOBS)
+	@cmake --build --preset $(1) --parallel $(JOBS) $(if $(2),--target $(2))
+endef
+
+define run_preset
+	$(call build_preset,$(1))
 	ctest --preset $(1)
 endef
 

@@ -13,7 +13,8 @@ int64 [B] (classification) or [B, T] (causal LM, -100 where no loss), optionally
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from chainfed_engine import classifier_fit, stand_in
+from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.schedule import Schedule, num_probe_rounds
@@ -36,7 +39,9 @@ class ChainTrainer:
     """Trains the chain on batches of one site; `round` in the configuration means one position of the window.
 
     `store`: a layer store's path or an open FrozenModel. `num_labels`: 0 for a causal LM. `cache_dir`: where boundary
-    caches lie (default: a temporary folder that `close` removes). Raises ConfigError for a window that does not fit.
+    caches lie (default: a temporary folder that `close` removes). `callbacks` see a `profile`, a `round` and a `memory`
+    event for each position of the window, an `eval` for each evaluation and `end` from `close`
+    (chainfed_engine.callbacks). Raises ConfigError for a window that does not fit.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ChainTrainer:
         *,
         num_labels: int = 0,
         cache_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or ChainConfig()
         self.model = store if isinstance(store, FrozenModel) else FrozenModel(LayerStore.open(Path(store)))
@@ -61,6 +67,9 @@ class ChainTrainer:
         self._schedule: Schedule | None = None
         self._classifier_factor: np.ndarray[Any, Any] | None = None
         self._stage_begun = False
+        self._callbacks = callbacks
+        self._losses: list[float] = []
+        self._seconds = 0.0
         self.round_id = 0
 
     def profile(self, batch: Mapping[str, Any] | Batch) -> dict[str, Any]:
@@ -77,7 +86,9 @@ class ChainTrainer:
             start = choose_start_layer(scores, threshold=self.config.threshold, window=self.config.window)
             start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self.config.window))
         self._schedule = self._make_schedule(start)
-        return {"cka": [float(score) for score in scores], "start_layer": start}
+        found = {"cka": [float(score) for score in scores], "start_layer": start}
+        self._notify("profile", **found)
+        return found
 
     def step(self, batch: Mapping[str, Any] | Batch) -> float:
         """One optimizer update of the current window; returns the loss. The first call profiles if nobody has.
@@ -87,11 +98,13 @@ class ChainTrainer:
         batch = as_batch(batch)
         if self._schedule is None:
             self.profile(batch)
-        if self.stage.kind == "probe":
-            return self._probe(batch)
-        if not self._stage_begun:
+        probes = self.stage.kind == "probe"
+        if not probes and not self._stage_begun:
             self._begin()
-        return self._trainer.step(batch)
+        started = time.perf_counter()
+        self._losses.append(self._probe(batch) if probes else self._trainer.step(batch))
+        self._seconds += time.perf_counter() - started
+        return self._losses[-1]
 
     def advance(self) -> Stage | None:
         """Freeze the window where it is, move to the next, push the cache up; None when the schedule is over."""
@@ -104,6 +117,7 @@ class ChainTrainer:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
             self._stage_begun = False
+        self._report_round()
         self.round_id += 1
         if self.done:
             return None
@@ -126,7 +140,9 @@ class ChainTrainer:
 
     def evaluate(self, batches: Iterable[Mapping[str, Any] | Batch]) -> dict[str, float]:
         """`accuracy` and `loss`, or `token_loss`, of the whole model as trained so far."""
-        return self._trainer.evaluate((as_batch(batch) for batch in batches), self.state_dict())
+        scores = self._trainer.evaluate((as_batch(batch) for batch in batches), self.state_dict())
+        self._notify("eval", **scores)
+        return scores
 
     def state_dict(self) -> Arrays:
         """Every adapter and the classifier as float32 arrays, the current window's latest values included."""
@@ -147,6 +163,7 @@ class ChainTrainer:
         self._trainer.end()
         if self._temporary is not None:
             self._temporary.cleanup()
+        self._notify("end", error=None)
 
     def __enter__(self) -> "ChainTrainer":
         return self
@@ -159,6 +176,22 @@ class ChainTrainer:
         known = [] if self._classifier_factor is None else [self._classifier_factor]
         self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
         return loss
+
+    def _report_round(self) -> None:
+        """`round` and `memory` events of the stage that ends; `seconds`: the steps alone, without the caller's data."""
+        window, losses = self.stage.window, self._losses
+        mean = sum(losses) / len(losses) if losses else None
+        about = {"loss": mean, "window": [window.start, window.stop], "steps": len(losses)}
+        self._notify("round", **about, start_layer=self._schedule_start(), seconds={"train": self._seconds})
+        self._notify("memory", peak_rss_bytes=peak_rss_bytes())
+        self._losses, self._seconds = [], 0.0
+
+    def _schedule_start(self) -> int | None:
+        return self._schedule.start_layer if self._schedule else None
+
+    def _notify(self, kind: str, **fields: Any) -> None:
+        number = self.round_id if kind in ("round", "memory") else self.round_id - 1
+        notify(self._callbacks, {"event": kind, "round": number, "rounds": self.config.rounds, **fields})
 
     def _begin(self) -> None:
         stage = self.stage

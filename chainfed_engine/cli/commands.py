@@ -54,16 +54,16 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chainfed_engine.cli.progress import RunProgress
+    from chainfed_engine.callbacks import Progress
     from chainfed_engine.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     out = Path(options.out)
-    with RunProgress(budget_bytes=config.chain.budget) as progress:
+    with Progress(budget_bytes=config.chain.budget) as progress:
         progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
-        api.run(config, out, resume=options.resume, on_event=progress)
+        api.run(config, out, resume=options.resume, callbacks=[progress])
     print(f"{out}: {progress.summary()}")
     return 0
 

@@ -128,6 +128,7 @@ class FrozenModel:
 
     def __init__(self, store: LayerStore, activation: Activation | None = None) -> None:
         info = store.info
+        native.set_num_threads(torch.get_num_threads())  # one setting for both pools, the user's
         self.store = store
         self.activation: Activation = activation or ("int8" if is_quantised(info.block_format) else "f32")
         self.family = family(info.architecture)

@@ -224,6 +224,13 @@ class Server:
             self._setbacks.rejected(summary.rejected)
         return summary
 
+    def believe(self, client: str, versions: object) -> None:
+        """Take a client at its word about what it holds; where the word is wrong, its next task fails and it is sent
+        everything. `versions`: parameter -> version; anything else counts as nothing."""
+        if client in self.client_samples and isinstance(versions, Mapping):
+            texts = {key: text for key, text in versions.items() if isinstance(key, str) and isinstance(text, str)}
+            self._holdings.confirm(client, self._model.known(texts))
+
     def forget(self, clients: Iterable[str]) -> None:
         """Rely no longer on what these clients hold: they answered a server that is gone, or were started anew."""
         for client in clients:

@@ -1,5 +1,5 @@
-// The whole test harness: CHECK prints and counts, TEST registers, main runs all tests, or those whose name contains one
-// of its arguments, and returns the number of failures (at most 125). CHECK_THROWS names the exception class.
+// The whole test harness: CHECK prints and counts, TEST registers, main runs all tests, or those whose name contains
+// one of its arguments, and returns the number of failures (at most 125). CHECK_THROWS names the exception class.
 #pragma once
 #include <cstdio>
 #include <cstring>

@@ -21,7 +21,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
     frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
-    frozenset({"profile", "step", "methods", "client", "chain_trainer"}),
+    frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
     frozenset({"api", "export", "report", "study"}),
