@@ -23,7 +23,7 @@ from chainfed_engine.server.profile import ProfileCollector, depths_at_once, row
 from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.setbacks import Setbacks
-from chainfed_engine.server.summary import Summary
+from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
@@ -196,7 +196,7 @@ class Server:
         rejected: dict[str, str] = {}
         silent, num_late, bytes_up = set(pending), 0, 0
         for reply in replies:
-            bytes_up += _num_bytes(reply.arrays)
+            bytes_up += num_bytes(reply.arrays)
             if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
                 num_late += 1  # dropped, and its client may still answer this exchange
                 continue
@@ -206,7 +206,7 @@ class Server:
             if reason is not None:
                 rejected[one_line(reply.client)] = reason
         self._pending = None
-        bytes_down = sum(_num_bytes(task.arrays) for task in pending.values())
+        bytes_down = sum(num_bytes(task.arrays) for task in pending.values())
         rejected = dict(sorted(rejected.items()))
         if isinstance(collector, ProfileCollector):
             summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
@@ -395,8 +395,3 @@ class Server:
             possible = self._plan.stand_in_depths(found)
         if not set(progress.stand_in_depths) <= set(possible):
             raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
-
-
-def _num_bytes(arrays: object) -> int:
-    values = arrays.values() if isinstance(arrays, Mapping) else ()
-    return sum(array.nbytes for array in values if isinstance(array, np.ndarray))
