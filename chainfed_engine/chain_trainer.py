@@ -200,7 +200,7 @@ class ChainTrainer:
         if self.config.stand_in and stop < self.model.num_layers:
             sums = self._trainer.profile(self._calibration, self._arrays, depths=[stop])
             sums.pop("cka")
-            stand_ins = stand_in.solve(sums, ridge=self.config.stand_in_ridge)
+            stand_ins = self._with_classifier(stand_in.solve(sums, ridge=self.config.stand_in_ridge), stop)
         origin = self._schedule.start_layer if self._schedule else stage.window.start
         self._trainer.begin(
             stage,
@@ -210,6 +210,16 @@ class ChainTrainer:
             settings={"start_layer": origin},
         )
         self._stage_begun = True
+
+    def _with_classifier(self, solved: Arrays, depth: int) -> Arrays:
+        config = self.config
+        is_fitted = self._classifier_factor is not None
+        if config.train_classifier == "always" or config.foresight_every or not is_fitted:
+            return solved
+        if not stand_in.is_linear_readout(self.model.shape.architecture, self._arrays):
+            return solved
+        out = (self._arrays[classifier_key(name)] for name in ("out_weight", "out_bias"))
+        return stand_in.with_classifier(solved, depth, *out)
 
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config

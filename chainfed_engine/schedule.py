@@ -18,11 +18,14 @@ MOST_PROBE_ROUNDS = 4
 
 
 def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind, aggregation: str) -> int:
-    """Rounds for the classifier alone; "auto" (None): a fifth, at most 4; none without a classifier, and none where
-    single clients are not trusted, for statistics are summed and one client's can outweigh all others."""
+    """Rounds for the classifier alone; "auto" (None): a fifth, 1 to 4, of at least three rounds; none without a
+    classifier, and none where single clients are not trusted, for statistics are summed and one client's can outweigh
+    all others."""
     if chosen is not None:
         return chosen
-    return min(MOST_PROBE_ROUNDS, rounds // 5) if task == "classification" and aggregation == "mean" else 0
+    if task != "classification" or aggregation != "mean" or rounds < 3:
+        return 0
+    return min(MOST_PROBE_ROUNDS, max(1, rounds // 5))
 
 
 @dataclass(frozen=True)

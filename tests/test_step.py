@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.step import StageTrainer
@@ -368,3 +369,24 @@ def test_foresight_every_second_step_alternates_with_the_stand_in_free_local_los
     mixed = [every_second.step(batch) for _ in range(2)]
     assert mixed[1] == pytest.approx(local_losses[1], rel=1e-4)
     assert abs(mixed[0] - local_losses[0]) > 1e-3
+
+
+def test_a_classifier_inside_the_stand_in_gives_the_same_step_and_stays_as_it_is(
+    checkpoint: Callable[..., Checkpoint], ended: list[StageTrainer]
+) -> None:
+    options = {"stand_in": True, "auxiliary_weight": 0.5}
+    apart, merged = (trainer(checkpoint("bert"), **options) for _ in range(2))
+    ended += [apart, merged]
+    arrays = trained_adapters(apart)
+    solved = stand_in.solve(apart.profile(batches(), arrays, depths=[1], with_scores=False), ridge=0.1)
+    out = [arrays[f"classifier.{name}"] for name in ("out_weight", "out_bias")]
+    one = stand_in.with_classifier(solved, 1, out[0], out[1])
+    others = {key: value for key, value in arrays.items() if not key.startswith("classifier.")}
+    apart.begin(window(0, 1), {**arrays, **solved}, cache_dir=None, lr=LR)
+    merged.begin(window(0, 1), {**others, **one}, cache_dir=None, lr=LR)
+    batch = batches()[0]
+    assert merged.step(batch) == pytest.approx(apart.step(batch), rel=1e-4)
+    ours, theirs = merged.trained(), apart.trained()
+    assert theirs.keys() - ours.keys() == {"classifier.out_weight", "classifier.out_bias"}
+    for key, value in ours.items():
+        np.testing.assert_allclose(value, theirs[key], atol=1e-4)

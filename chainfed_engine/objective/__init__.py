@@ -55,6 +55,8 @@ class Objective:
                 weights.append(self.auxiliary_weight)
             else:
                 weights[0] += self.auxiliary_weight
+        if self.stand_in is not None and self.stand_in.gives_logits:
+            return weighted_cross_entropy(branches, weights, require_labels(batch))
         return self.readout.loss(branches, weights, batch)
 
     def _features(self, tokens: Tensor, batch: Batch) -> Tensor:
@@ -93,11 +95,13 @@ class ClassificationReadout:
         return cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
-        labels = require_labels(batch)
-        losses = [
-            weight * cross_entropy(self.logits(rows), labels) for rows, weight in zip(branches, weights, strict=True)
-        ]
-        return torch.stack(losses).sum()
+        return weighted_cross_entropy([self.logits(rows) for rows in branches], weights, require_labels(batch))
+
+
+def weighted_cross_entropy(branches: Sequence[Tensor], weights: Sequence[float], labels: Tensor) -> Tensor:
+    """Sum over branches of weight * mean cross-entropy of logits [B, C] for labels [B]."""
+    losses = [weight * cross_entropy(logits, labels) for logits, weight in zip(branches, weights, strict=True)]
+    return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)

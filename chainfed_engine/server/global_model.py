@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from chainfed_engine import classifier_fit
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.server.checks import refuse_array
@@ -20,7 +20,8 @@ OUT_WEIGHT = classifier_key("out_weight")
 
 
 class GlobalModel:
-    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window.
+    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `fixes_classifier`:
+    whether below the top it is not trained but sent as a part of the stand-in.
 
     Raises InvalidArgument when a layer of `trained_layers` has no adapter, or classification no classifier.
     """
@@ -33,6 +34,7 @@ class GlobalModel:
         num_layers: int,
         trained_layers: range,
         uses_later_adapters: bool,
+        fixes_classifier: bool = False,
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
@@ -40,6 +42,7 @@ class GlobalModel:
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
+        self._fixes_classifier = fixes_classifier
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
                 raise InvalidArgument(f"initial: expected an adapter for layer {layer}, got none")
@@ -67,7 +70,8 @@ class GlobalModel:
 
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
-        classifier = self._trained.classifier_keys() if self._trains_classifier else []
+        trains_classifier = self._trains_classifier and self._fixed_classifier(stage) is None
+        classifier = self._trained.classifier_keys() if trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
@@ -85,17 +89,31 @@ class GlobalModel:
         along even if its updates were refused: sites that share a model in memory must not see each other's.
         """
         layers = self._trained.trained_layers()
-        stand_ins: list[str] = []
+        classifier, stand_ins = self._trained.classifier_keys(), self._stand_ins
+        kept: list[str] = []
         if stage is not None and stage.kind == "window":
             reached = stage.window.stop if stage.sweep == 0 else self._num_layers
             layers |= set(range(start_layer, reached))
             if not self._uses_later_adapters:
                 layers &= set(range(stage.window.stop))
+            fixed = self._fixed_classifier(stage)
+            if fixed is not None:
+                classifier, stand_ins = [], fixed
             prefix = stand_in_key(stage.window.stop, "")
-            stand_ins = [key for key in self._stand_ins.sorted_keys() if key.startswith(prefix)]
-        keys = [*self._trained.layer_keys(layers), *self._trained.classifier_keys()]
-        arrays = {**self._trained.select(keys), **self._stand_ins.select(stand_ins)}
-        return arrays, {**self._trained.versions(keys), **self._stand_ins.versions(stand_ins)}
+            kept = [key for key in stand_ins.sorted_keys() if key.startswith(prefix)]
+        keys = [*self._trained.layer_keys(layers), *classifier]
+        arrays = {**self._trained.select(keys), **stand_ins.select(kept)}
+        return arrays, {**self._trained.versions(keys), **stand_ins.versions(kept)}
+
+    def _fixed_classifier(self, stage: Stage) -> Parameters | None:
+        """Stand-in and classifier as one map, where this stage needs no more of either."""
+        depth = stage.window.stop
+        if not self._fixes_classifier or stage.kind != "window" or depth not in self.stand_in_depths():
+            return None
+        solved = self._stand_ins.select(self._stand_ins.sorted_keys())
+        return Parameters(
+            stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(classifier_key("out_bias")))
+        )
 
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""

@@ -4,9 +4,10 @@ The methods beside `chain` are baselines: no training, the classifier alone, a w
 train all layers at once (`server.methods` has what else sets these apart).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.schedule import Schedule, num_probe_rounds
@@ -58,6 +59,14 @@ class Plan:
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
+
+    def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
+        """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from
+        the stand-in, as foresight does."""
+        config = self.config
+        wanted = config.train_classifier == "at-top" and config.foresight_every == 0
+        is_fitted = config.method == "chain" and self._schedule(0).probe_rounds > 0
+        return wanted and is_fitted and stand_in.is_linear_readout(architecture, parameters)
 
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""

@@ -73,6 +73,7 @@ class Server:
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
+            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
         self._holdings = Holdings()

@@ -107,7 +107,7 @@ def test_damaged_classifier_statistics_are_refused(damage: str) -> None:
 
 
 @pytest.mark.parametrize(("rounds", "task", "expected"), [(24, "classification", 4), (10, "classification", 2),
-                                                          (4, "classification", 0), (24, "causal-lm", 0)])  # fmt: skip
+                                                          (4, "classification", 1), (24, "causal-lm", 0)])  # fmt: skip
 def test_auto_probes_for_a_fifth_of_the_rounds_where_there_is_a_classifier(
     rounds: int, task: str, expected: int
 ) -> None:
