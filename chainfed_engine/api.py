@@ -125,7 +125,11 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     table = data.read_table(data_file, config.data.columns)
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, plan_run(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store),
+        config.chain,
+        plan_run(config, {}, encoded),
+        encoded.task,
+        num_labels=len(encoded.label_names),
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -161,6 +165,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -172,7 +177,7 @@ def _train(
         events.append(dict(event))
         notify(callbacks, event)
 
-    plan = plan_run(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
@@ -190,6 +195,17 @@ def _train(
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
 def _watchers(

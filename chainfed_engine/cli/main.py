@@ -129,6 +129,21 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)
 
+    export = subparsers.add_parser("export", help="a LoRA run for other tools: PEFT, llama.cpp, or merged weights")
+    export.add_argument("run", metavar="DIR", help="run directory")
+    export.add_argument("out", metavar="OUT", help="folder to write (gguf: file)")
+    export.add_argument("--to", required=True, choices=("peft", "gguf", "merged"))
+    export.add_argument(
+        "--base", metavar="PATH", help="the original checkpoint (folder, hub id or .gguf), for exact merged weights"
+    )
+    export.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "f32", "bf16", "f16"),
+        help="of merged weights (default: the model's)",
+    )
+    export.set_defaults(command=commands.export)
+
     report = subparsers.add_parser("report", help="one HTML page with the plots of a run, or comparing several")
     report.add_argument("runs", metavar="DIR", nargs="+", help="run directory; several are compared")
     report.add_argument("--out", metavar="FILE", help="page to write (default: report.html in DIR; for several, here)")

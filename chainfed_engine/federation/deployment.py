@@ -74,7 +74,7 @@ def _serve(
     if config.data.eval is not None:
         held_out = data.read_table(config.data.eval, config.data.columns)
         evaluation = encode(config, held_out, tokenizer, labels or None)
-    plan = plan_run(config, [evaluation] if evaluation else [])
+    plan = plan_run(config, {}, evaluation)
     chain = replace(config.chain, cache_format=plan.choices.cache_format)
     ready = _set_up(transport, sites, setup_record(config.chain, labels), meet_seconds)
     trainer = open_trainer(Path(config.store), chain, plan, config.data.task, num_labels=len(labels))

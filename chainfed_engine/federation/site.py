@@ -158,7 +158,7 @@ def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | 
     for window in range(wanted, 0, -1):
         chain = replace(config.chain, window=window)
         try:
-            plan = plan_run(replace(config, chain=chain), [encoded])
+            plan = plan_run(replace(config, chain=chain), {"site": encoded}, None)
         except MemoryBudgetExceeded:
             if window == 1 or config.chain.method != "chain":
                 raise
