@@ -1,8 +1,8 @@
 """The server's side of a deployed federation: meet the sites, tell them how to train, run the rounds.
 
-In: a courier (Flower's grid), CONFIG.toml and the sites' names. Out: a run directory, as `chainfed run` writes it. The server holds the
-store too: the untrained adapters come from it, and evaluation, if CONFIG.toml names data for it. `outcome.json` tells
-the process that started this one how it stands.
+In: a courier (Flower's grid), CONFIG.toml and the sites' names. Out: a run directory, as `chainfed run` writes it. The
+server holds the store too: the untrained adapters come from it, and evaluation, if CONFIG.toml names data for it.
+`outcome.json` tells the process that started this one how it stands.
 """
 
 import json
