@@ -14,7 +14,7 @@ import transformers
 import chainfed_engine as cfe
 from chainfed_engine import api
 from chainfed_engine.cli.main import main
-from chainfed_engine.config import load_config
+from chainfed_engine.config_file import load_config
 from chainfed_engine.federation import read_adapters
 from chainfed_engine.model.convert import convert
 from tests.conftest import relative_error
