@@ -3,12 +3,13 @@
 import json
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chainfed_engine import data
 from chainfed_engine.callbacks import Callback, notify
@@ -73,24 +74,42 @@ def fit(
     label: str | None = None,
     prompt: str = "prompt",
     response: str | None = None,
+    messages: str | None = None,
     client: str = "client",
+    missing: Literal["error", "drop"] = "error",
     out: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
-    Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
-    (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
-    the run directory; without it the result's `save` does. `callbacks` see every event (chainfed_engine.callbacks), and
-    so does the function `on_event`.
+    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
+    The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
+    response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
+    leaves out rows with a blank, "error" names the first. `out` keeps the run directory; without it the result's `save`
+    does. `callbacks` see every event (chainfed_engine.callbacks), and so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
     names = set(table.columns)
-    if label is None and response is None:
-        label, response = ("label", None) if "label" in names else (None, "response")
-    columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
+    if label is None and response is None and messages is None:
+        found = next((name for name in ("label", "response", "messages") if name in names), None)
+        if found is None:
+            raise DataError(
+                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+                f"{', '.join(map(repr, sorted(names - {column})))}"
+            )
+        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+    columns = DataConfig(
+        train="(in memory)",
+        text=text,
+        label=label,
+        prompt=prompt,
+        response=response,
+        messages=messages,
+        missing=missing,
+        client=column,
+    )
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     if out is not None:
@@ -127,6 +146,8 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = data.read_table(data_file, config.data.columns)
+    if config.data.missing == "drop":
+        table = _complete(config, table)
     encoded = _encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
         Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
@@ -166,6 +187,8 @@ def _train(
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     config = _with_pooling(config)
+    if config.data.missing == "drop":
+        table, held_out = _complete(config, table), None if held_out is None else _complete(config, held_out)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = _encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -195,6 +218,17 @@ def _train(
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _complete(config: RunConfig, table: Table) -> Table:
+    """The rows without a blank in a column that the run reads; a warning says how many were left out."""
+    names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
+    kept = table.without_blanks([name for name in names if name is not None])
+    if len(kept) < len(table):
+        warnings.warn(
+            f"{table.source}: {len(table) - len(kept)} of {len(table)} rows lack a value and are left out", stacklevel=2
+        )
+    return kept
 
 
 def _with_pooling(config: RunConfig) -> RunConfig:
@@ -242,6 +276,8 @@ def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData
 
 def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:
     length = config.chain.sequence_length
+    if config.data.messages is not None:
+        return data.encode_messages(table, tokenizer, messages=config.data.messages, max_length=length)
     if config.data.response is not None:
         return data.encode_causal(
             table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
