@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from chainfed_engine.api import Result, evaluate, fit, plan
     from chainfed_engine.chain_trainer import ChainTrainer
     from chainfed_engine.config import ChainConfig
-    from chainfed_engine.exports import AdaptedClassifier, Exported, export, load_adapted
+    from chainfed_engine.exports import AdaptedClassifier, Exported, export, load_adapted, save_run
     from chainfed_engine.model.convert import convert
     from chainfed_engine.model.synth import synth
 
@@ -38,6 +38,7 @@ __all__ = [
     "fit",
     "load_adapted",
     "plan",
+    "save_run",
     "synth",
 ]
 
@@ -53,6 +54,7 @@ _HOMES = {
     "fit": "api",
     "load_adapted": "exports",
     "plan": "api",
+    "save_run": "exports",
     "synth": "model.synth",
 }
 

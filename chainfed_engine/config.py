@@ -120,10 +120,12 @@ class ChainConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the examples are. The task follows from the columns: `label` (classification) or `response` (causal LM).
+    """Where the examples are. The task follows from the columns: `label` (classification), `response` or `messages`
+    (causal LM: prompt and response, or whole conversations with loss on the assistant's turns).
 
-    Clients are named by the `client` column; without one the rows are dealt to `num_clients` clients by `partition`
-    ("auto": "dirichlet" over the labels where there are labels, else "iid").
+    `missing`: what to do with rows whose text, label, prompt, response or messages are blank. Clients are named by the
+    `client` column; without one the rows are dealt to `num_clients` clients by `partition` ("auto": "dirichlet" over
+    the labels where there are labels, else "iid").
     """
 
     train: str = _in("data", "")
@@ -132,6 +134,8 @@ class DataConfig:
     label: str | None = _in("data", None, none="none")
     prompt: str = _in("data", "prompt")
     response: str | None = _in("data", None, none="none")
+    messages: str | None = _in("data", None, none="none")
+    missing: Literal["error", "drop"] = _in("data", "error")
     client: str | None = _in("data", None, none="none")
     client_budget: str | None = _in("data", None, none="none")  # a column with each client's memory, bytes or "1GiB"
     partition: Literal["auto", "dirichlet", "iid"] = _in("data", "auto")
@@ -142,9 +146,12 @@ class DataConfig:
         _check_fields(self)
         if not self.train:
             raise ConfigError("[data] train: expected the path of a CSV, JSONL or Parquet file, got none")
-        if (self.label is None) == (self.response is None):
-            given = "neither" if self.label is None else "both"
-            raise ConfigError(f"[data]: expected label (classification) or response (causal LM), got {given}")
+        given = [name for name in ("label", "response", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                "[data]: expected the name of one column: label (classification), response or messages (causal LM), "
+                f"got {' and '.join(given) or 'none of them'}"
+            )
         if self.partition == "auto":
             object.__setattr__(self, "partition", "dirichlet" if self.label is not None else "iid")
         if self.partition == "dirichlet" and self.label is None and self.client is None:
@@ -157,6 +164,8 @@ class DataConfig:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the training table that this run reads, without the client column."""
+        if self.messages is not None:
+            return (self.messages,)
         return (self.prompt, self.response) if self.response is not None else (self.text, self.label or "")
 
 
