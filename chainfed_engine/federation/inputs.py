@@ -38,7 +38,7 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
 
 
 def complete_rows(config: RunConfig, table: Table) -> Table:
-    """The table, without its rows that lack a value the run reads if `[data] missing` says so (a warning counts them)."""
+    """The table; with `missing = "drop"` without the rows that lack a value the run reads (a warning counts them)."""
     if config.data.missing != "drop":
         return table
     names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
