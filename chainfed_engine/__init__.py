@@ -8,7 +8,7 @@
                 └────────── schedule: next window ◀── server: check, aggregate ◀────┘
 
 `convert` makes a layer store, `plan` predicts its memory, `fit` runs a federation in this process, `ChainTrainer`
-trains in a loop of your own. Names are imported when first used, so that `import chainfed_engine` costs nothing.
+trains in a loop of your own, `memory.measure` tells what any stretch of a script really used. Names are imported when first used, so that `import chainfed_engine` costs nothing.
 """
 
 from importlib import import_module
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from chainfed_engine._version import __version__
 
 if TYPE_CHECKING:
+    from chainfed_engine import memory
     from chainfed_engine.api import Result, evaluate, fit, plan
     from chainfed_engine.chain_trainer import ChainTrainer
     from chainfed_engine.config import ChainConfig
     from chainfed_engine.model.convert import convert
     from chainfed_engine.model.synth import synth
 
-__all__ = ["ChainConfig", "ChainTrainer", "Result", "__version__", "convert", "evaluate", "fit", "plan", "synth"]
+__all__ = ["ChainConfig", "ChainTrainer", "Result", "__version__", "convert", "evaluate", "fit", "memory", "plan", "synth"]
 
 _HOMES = {
     "ChainConfig": "config",
@@ -38,6 +39,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "memory":
+        return import_module("chainfed_engine.memory")
     if name not in _HOMES:
         raise AttributeError(f"module 'chainfed_engine' has no attribute {name!r}")
     return getattr(import_module(f"chainfed_engine.{_HOMES[name]}"), name)
