@@ -206,7 +206,10 @@ def solve_bytes(request: Request) -> int:
 
 def stand_in_bytes(request: Request) -> int:
     """Fitted maps kept through the run: at every depth where a window may end below the top."""
-    return _stand_in_depths(request) * stand_in_map_bytes(request)
+    one, width = stand_in_map_bytes(request), request.shape.hidden_size
+    array = one // 2 if one < F32 * width * width else one
+    depths = _stand_in_depths(request)
+    return min(depths, 1 if stand_in.is_large(stand_in.KEY_PREFIX, array) else depths) * one
 
 
 def stand_in_map_bytes(request: Request) -> int:

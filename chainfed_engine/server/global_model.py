@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from chainfed_engine import stand_in
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server.parameters import Parameters
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, stand_in_key
@@ -107,8 +108,13 @@ class GlobalModel:
         """Exactly these, as after a restore."""
         self._stand_ins = Parameters(arrays)
 
-    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
+        """Install fitted maps. A large one is kept only until the next comes; returns the keys let go."""
+        large = stand_in.large_depths(self.stand_ins())
+        dropped = [key for key in self._stand_ins.sorted_keys() if int(key.split(".")[1]) in large]
+        self._stand_ins.remove(dropped)
         self._stand_ins.replace(arrays)
+        return dropped
 
     def stand_in_depths(self) -> set[int]:
         """Depths whose stand-in is fitted."""
