@@ -7,7 +7,7 @@ Where nothing but a linear classifier follows the final hidden state, a classifi
 the stand-in are one affine map to C logits: that is all a client needs there, C x D numbers instead of D x D.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ ENCODERS = ("bert", "roberta", "distilbert")  # no norm between the last layer a
 BATCHES = 16  # of all clients together; a map of D x D numbers wants as many rows as it can get
 _GROUP_BYTES = 32 << 20  # float32 statistics of one exchange
 _ROW_BYTES = 64 << 20  # float32 rows of all clients together, for one depth
+_LARGE_BYTES = 8 << 20  # of one array of a map
+KEY_PREFIX = stand_in_key(0, "").split("0")[0]
 _SQUARED_WIDTH_ROWS = 1 << 34  # rows times D squared: bounds the solution of wide models, two factors [rows, D]
 
 
@@ -32,6 +34,16 @@ def depths_at_once(hidden_size: int) -> int:
 def rows_in_all(hidden_size: int) -> int:
     """How many rows all clients together may give for one depth: 14551 for D = 576, 1024 for D = 4096."""
     return max(1, min(_ROW_BYTES // (4 * (2 * hidden_size + 1)), _SQUARED_WIDTH_ROWS // hidden_size**2))
+
+
+def large_depths(arrays: Mapping[str, Matrix]) -> set[int]:
+    """Depths whose map is too large to be kept beside another's (D of about 1500 and more): server and clients hold one
+    such map at a time, and it is fitted anew when its window comes round again."""
+    return {int(key.split(".")[1]) for key, array in arrays.items() if is_large(key, array.nbytes)}
+
+
+def is_large(key: str, num_bytes: int) -> bool:
+    return key.startswith(KEY_PREFIX) and num_bytes >= _LARGE_BYTES
 
 
 def statistics(depth: int, x: Matrix, y: Matrix) -> Arrays:

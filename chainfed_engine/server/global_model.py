@@ -162,8 +162,13 @@ class GlobalModel:
         self._stand_ins = Parameters(stand_ins)
         self._factor = factor
 
-    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
+        """Install fitted maps. A large one is kept only until the next comes; returns the keys let go."""
+        large = stand_in.large_depths(self._stand_ins.select(self._stand_ins.sorted_keys()))
+        dropped = [key for key in self._stand_ins.sorted_keys() if int(key.split(".")[1]) in large]
+        self._stand_ins.remove(dropped)
         self._stand_ins.replace(arrays)
+        return dropped
 
     def stand_in_depths(self) -> set[int]:
         """Depths whose stand-in is fitted."""

@@ -264,7 +264,8 @@ class Server:
             if self._start_layer is None:
                 lowest = lowest_start_layer(self.task, self.shape.num_layers, self.config.window)
                 self._start_layer = max(lowest, collector.start_layer(self.config))
-            self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            self._holdings.forget_keys(dropped)
         self._profile_attempts += 1
         return Summary(
             "profile",
