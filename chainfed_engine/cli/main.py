@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from chainfed_engine._version import __version__
-from chainfed_engine.cli import commands
+from chainfed_engine.cli import commands, federation
 from chainfed_engine.errors import ChainfedError
 from chainfed_engine.sizes import parse_size
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_store_commands(subparsers)
     _add_run_commands(subparsers)
+    federation.add_commands(subparsers)
     doctor = subparsers.add_parser("doctor", help="check this machine: versions, SIMD, kernels, memory and disk")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--disk", metavar="DIR", help="folder whose disk is measured (default: the temporary folder)")

@@ -8,13 +8,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from chainfed_engine.api import LABELS_FILE
 from chainfed_engine.chain_trainer import ChainTrainer
 from chainfed_engine.config import DataConfig, RunConfig
 from chainfed_engine.config_file import dump_config
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.exports.folder import new_folder
 from chainfed_engine.federation.files import write_arrays
+from chainfed_engine.federation.inputs import LABELS_FILE
 from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT
 from chainfed_engine.types import classifier_key
 

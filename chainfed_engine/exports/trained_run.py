@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chainfed_engine.adapters import Adapter, build_adapter
-from chainfed_engine.api import LABELS_FILE, read_labels
 from chainfed_engine.config import RunConfig
 from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.federation import read_adapters
+from chainfed_engine.federation.inputs import LABELS_FILE, read_labels
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.families import family
 from chainfed_engine.model.families.base import Pooling
