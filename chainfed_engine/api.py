@@ -16,7 +16,7 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.inputs import complete_rows, encode, keep_labels, plan_run, read_labels
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
@@ -140,7 +140,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     config = load_config(run_dir / "config.toml")
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    table = complete_rows(config, data.read_table(data_file, config.data.columns))
+    table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
         Path(config.store),
@@ -184,7 +184,7 @@ def _train(
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     config = _with_pooling(config)
-    table, held_out = complete_rows(config, table), None if held_out is None else complete_rows(config, held_out)
+    table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)

@@ -37,9 +37,10 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
     return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
 
 
-def complete_rows(config: RunConfig, table: Table) -> Table:
-    """The table; with `missing = "drop"` without the rows that lack a value the run reads (a warning counts them)."""
-    if config.data.missing != "drop":
+def complete(config: RunConfig, table: Table) -> Table:
+    """The rows without a blank in a column that the run reads; a warning says how many were left out. With
+    `missing` "error" the table as it is, for encoding names the first such row."""
+    if config.data.missing == "error":
         return table
     names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
     kept = table.without_blanks([name for name in names if name is not None])

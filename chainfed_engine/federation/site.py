@@ -21,7 +21,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import ChainfedError, ConfigError, CorruptFile, InvalidArgument, MemoryBudgetExceeded
 from chainfed_engine.federation import files
 from chainfed_engine.federation.codec import pack, unpack
-from chainfed_engine.federation.inputs import complete_rows, encode, plan_run
+from chainfed_engine.federation.inputs import complete, encode, plan_run
 from chainfed_engine.federation.messages import reply_record, task_from
 from chainfed_engine.federation.session import open_trainer
 from chainfed_engine.memory.plan import Plan
@@ -51,7 +51,8 @@ class Site:
         self.name, self._config, self._out = name, config, out
         self._info = StoreInfo.read(config.store)
         self._tokenizer = Tokenizer.load(config.store, self._info.config)
-        self._table: Table = complete_rows(config, data.read_table(config.data.train, [*config.data.columns]))
+        wanted = [*config.data.columns]
+        self._table: Table = complete(config, data.read_table(config.data.train, wanted))
         self._setup: dict[str, Any] | None = None
         self._client: Client | None = None
         self._encoded: EncodedData | None = None
