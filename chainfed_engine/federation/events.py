@@ -5,7 +5,9 @@ Every event carries `round`: the number (from 0) of the round it belongs to or f
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
 over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
 rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
-`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
+`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
+that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
+text or null).
 """
 
 import math

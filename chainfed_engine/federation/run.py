@@ -44,14 +44,16 @@ def fit(
     on_event: Callable[[Event], None] | None = None,
     resume: bool = False,
     measure_memory: Callable[[], Mapping[str, int]] = measure_peak_rss,
+    held: Mapping[str, object] | None = None,
 ) -> FitResult:
     """Run `server` (fresh, of the run's own configuration) to its end.
 
     `evaluator` scores the whole model every `eval_every` rounds and at the end (None: never). `on_event` sees every
-    line of metrics.jsonl as it is written, and `phase` and `step` events (one a profile) for a progress bar.
-    `measure_memory`: the figures of a `memory` event.
+    line of metrics.jsonl as it is written, and `phase` (an exchange or an evaluation begins) and `step` events (one a
+    reply) for a progress bar.
+    `measure_memory`: the figures of a `memory` event. `held`: what clients say they kept of an earlier run.
     """
-    return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume)
+    return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume, held or {})
 
 
 class _Run:
@@ -72,9 +74,11 @@ class _Run:
         self._measure_memory = measure_memory
         self._evaluated: Event = {}
 
-    def run(self, resume: bool) -> FitResult:
+    def run(self, resume: bool, held: Mapping[str, object]) -> FitResult:
         if resume:
             self._take_up()
+        for client, versions in held.items():
+            self._server.believe(client, versions)
         run_rounds(self._server, self._transport, self._directory, emit=self._emit, after_exchange=self._after)
         if not self._is_evaluated():
             self._evaluate()
@@ -147,17 +151,19 @@ class _Run:
 
 
 class _Watched:
-    """A transport that tells of each profile as it comes, so that a long pass shows that it moves."""
+    """A transport that tells of each reply as it comes, so that a long exchange shows that it moves."""
 
     def __init__(self, transport: Transport, notify: Callable[[Event], None]) -> None:
         self._transport = transport
         self._notify = notify
 
     def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        profiles = any(task.kind == "profile" for task in tasks)
-        if profiles:
-            self._notify({"event": "phase", "name": "profile", "total": len(tasks)})
-        for reply in self._transport.exchange(tasks):
-            if profiles:  # rounds count themselves
-                self._notify({"event": "step"})
+        phase: Event = {"event": "phase", "total": len(tasks)}
+        for task in tasks[:1]:
+            phase |= {"name": task.kind, "round": task.round_id}
+            if task.stage is not None:
+                phase["window"] = [task.stage.window.start, task.stage.window.stop]
+            self._notify(phase)
+        for done, reply in enumerate(self._transport.exchange(tasks), start=1):
+            self._notify({"event": "step", "done": done, "total": len(tasks)})
             yield reply
