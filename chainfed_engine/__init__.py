@@ -8,7 +8,8 @@
                 └────────── schedule: next window ◀── server: check, aggregate ◀────┘
 
 `convert` makes a layer store, `plan` predicts its memory, `fit` runs a federation in this process, `ChainTrainer`
-trains in a loop of your own, `memory.measure` tells what any stretch of a script really used. Names are imported when first used, so that `import chainfed_engine` costs nothing.
+trains in a loop of your own, `memory.measure` tells what any stretch of a script really used. Names are imported when
+first used, so that `import chainfed_engine` costs nothing.
 """
 
 from importlib import import_module
@@ -24,7 +25,18 @@ if TYPE_CHECKING:
     from chainfed_engine.model.convert import convert
     from chainfed_engine.model.synth import synth
 
-__all__ = ["ChainConfig", "ChainTrainer", "Result", "__version__", "convert", "evaluate", "fit", "memory", "plan", "synth"]
+__all__ = [
+    "ChainConfig",
+    "ChainTrainer",
+    "Result",
+    "__version__",
+    "convert",
+    "evaluate",
+    "fit",
+    "memory",
+    "plan",
+    "synth",
+]
 
 _HOMES = {
     "ChainConfig": "config",

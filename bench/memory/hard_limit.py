@@ -89,7 +89,7 @@ def run_inside(group: Path, command: list[str]) -> int:
     def join() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    code = subprocess.run(command, preexec_fn=join, check=False).returncode  # noqa: PLW1509 (one thread here)
+    code = subprocess.run(command, preexec_fn=join, check=False).returncode
     return 128 - code if code < 0 else code
 
 

@@ -22,7 +22,9 @@ BERT |= {"vocab_size": 8192, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
 
 def llama(layers: int, width: int, inner: int, heads: int, keys: int, vocab: int, **more: object) -> dict[str, Any]:
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner, "vocab_size": vocab}
-    return LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": width // heads} | more
+    return (
+        LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": width // heads} | more
+    )
 
 
 def bert(layers: int, width: int, heads: int, **more: object) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def smallest_plan(request: Request) -> Plan:
 def what_would_shrink(request: Request) -> list[str]:
     """What the user could change and how many bytes less the leanest choices would then take, largest first."""
     config, now = request.config, smallest_plan(request).predicted_peak_bytes
-    trials = {
+    trials: dict[str, dict[str, Any]] = {
         "[train] sequence_length": {"sequence_length": max(2, config.sequence_length // 2)},
         "[train] batch_size": {"batch_size": max(1, config.batch_size // 2)},
         "[chain] window": {"window": max(1, config.window // 2)},
@@ -168,7 +168,7 @@ def what_would_shrink(request: Request) -> list[str]:
     }
     saved: list[tuple[int, str]] = []
     for name, change in trials.items():
-        less = now - smallest_plan(replace(request, config=replace(config, **change))).predicted_peak_bytes  # type: ignore[arg-type]
+        less = now - smallest_plan(replace(request, config=replace(config, **change))).predicted_peak_bytes
         value = next(iter(change.values()))
         if less >= MIB and getattr(config, next(iter(change))) != value:
             saved.append((less, f"{name} = {str(value).lower()} saves {format_size(less)}"))
