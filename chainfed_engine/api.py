@@ -1,6 +1,5 @@
 """The public functions behind `import chainfed_engine as cfe` and the command line: plan, fit, run, evaluate."""
 
-import json
 import shutil
 import tempfile
 import weakref
@@ -8,24 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chainfed_engine import data
 from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
-from chainfed_engine.errors import CorruptFile, DataError, StorageError
+from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
-from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, TaskKind
-
-LABELS_FILE = "labels.json"
 
 
 @dataclass(frozen=True)
@@ -73,24 +69,42 @@ def fit(
     label: str | None = None,
     prompt: str = "prompt",
     response: str | None = None,
+    messages: str | None = None,
     client: str = "client",
+    missing: Literal["error", "drop"] = "error",
     out: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
-    Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
-    (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
-    the run directory; without it the result's `save` does. `callbacks` see every event (chainfed_engine.callbacks), and
-    so does the function `on_event`.
+    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
+    The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
+    response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
+    leaves out rows with a blank, "error" names the first. `out` keeps the run directory; without it the result's `save`
+    does. `callbacks` see every event (chainfed_engine.callbacks), and so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
     names = set(table.columns)
-    if label is None and response is None:
-        label, response = ("label", None) if "label" in names else (None, "response")
-    columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
+    if label is None and response is None and messages is None:
+        found = next((name for name in ("label", "response", "messages") if name in names), None)
+        if found is None:
+            raise DataError(
+                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+                f"{', '.join(map(repr, sorted(names - {column})))}"
+            )
+        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+    columns = DataConfig(
+        train="(in memory)",
+        text=text,
+        label=label,
+        prompt=prompt,
+        response=response,
+        messages=messages,
+        missing=missing,
+        client=column,
+    )
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     if out is not None:
@@ -120,16 +134,21 @@ def run(
     return _run(config, table, held_out, Path(out), resume=resume, callbacks=_watchers(callbacks, on_event))
 
 
-def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
-    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget."""
+def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None = None) -> dict[str, float]:
+    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget, on `device` or
+    where the run was."""
     run_dir = Path(run_dir)
-    config = load_config(run_dir / "config.toml")
+    config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    table = data.read_table(data_file, config.data.columns)
-    encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
+    table = complete(config, data.read_table(data_file, config.data.columns))
+    encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, _plan(config, {}, encoded), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store),
+        config.chain,
+        plan_run(config, {}, encoded),
+        encoded.task,
+        num_labels=len(encoded.label_names),
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -165,10 +184,12 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
+    table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    encoded = _encode(config, table, tokenizer, None)
+    encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
-    evaluation = None if held_out is None else _encode(config, held_out, tokenizer, labels or None)
+    evaluation = None if held_out is None else encode(config, held_out, tokenizer, labels or None)
     clients = _partition(config, table, encoded)
     events: list[dict[str, Any]] = []
 
@@ -176,7 +197,7 @@ def _train(
         events.append(dict(event))
         notify(callbacks, event)
 
-    plan = _plan(config, clients, evaluation)
+    plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
@@ -187,13 +208,24 @@ def _train(
         ) as session,
         RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
     ):
-        _keep_labels(out, labels, resume=resume)
+        keep_labels(out, labels, resume=resume)
         if absent and not resume:
             event = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
             directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
 def _watchers(
@@ -209,22 +241,6 @@ class _Function:
     on_event: Callable[[Mapping[str, Any]], None]
 
 
-def _plan(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
-    """The run's plan, its samples counted in; nothing is written or allocated before it."""
-    parts = [*clients.values(), *([evaluation] if evaluation is not None else [])]
-    chain, largest = config.chain, max(part.num_tokens for part in parts)
-    if chain.max_local_steps:
-        largest = min(largest, chain.max_local_steps * chain.batch_size * chain.sequence_length)
-    facts = DataFacts(
-        longest_tokens=max(len(ids) for part in parts for ids in part.input_ids),
-        most_targets=max(part.most_targets for part in parts),
-        largest_client_samples=max((len(part) for part in clients.values()), default=0),
-        num_clients=len(clients) or None,
-    )
-    info = StoreInfo.read(config.store)
-    return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
-
-
 def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
     """Clients whose own memory cannot hold the method, by the planner's prediction; bytes they have."""
     column, listed = config.data.client_budget, config.chain.client_budgets
@@ -236,18 +252,6 @@ def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData
     else:
         return {}
     return budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
-
-
-def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:
-    length = config.chain.sequence_length
-    if config.data.response is not None:
-        return data.encode_causal(
-            table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
-        )
-    assert config.data.label is not None
-    return data.encode_classification(
-        table, tokenizer, text=config.data.text, label=config.data.label, labels=labels, max_length=length
-    )
 
 
 def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:
@@ -276,25 +280,3 @@ def _client_table(clients: Any, column: str) -> tuple[Table, str]:
         columns = {key: part.column(key) for key in part.columns}
         rows += [{**{key: values[row] for key, values in columns.items()}, column: name} for row in range(len(part))]
     return data.as_table(rows, "clients"), column
-
-
-def _keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
-    """Write labels.json once; a run that is taken up must have the same labels in the same order."""
-    if resume and (out / LABELS_FILE).exists():
-        if _read_labels(out) != labels:
-            raise DataError(f"{out}: resume: the data's labels differ from the saved run's; use the same data")
-    elif labels:
-        write_text(out / LABELS_FILE, json.dumps(labels))
-
-
-def _read_labels(run_dir: Path) -> list[str]:
-    path = run_dir / LABELS_FILE
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; expected the directory of a classification run") from error
-    except ValueError as error:
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged") from error
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged")
-    return labels

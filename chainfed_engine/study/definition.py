@@ -2,7 +2,7 @@
 
     [study]           methods, seeds, reference, threads, clock
     [run.TABLE]       settings of every run, as in a run's own file
-    [data.NAME]       keys of [data]; [data.NAME.run.TABLE]: settings of its runs alone
+    [data.NAME]       keys of [data]; [data.NAME.run.TABLE]: settings of its runs alone; partitions: its own (all)
     [partition.NAME]  keys of [data]; data with a `client` column have that partition and no other
     [method.NAME]     method (default: NAME), [method.NAME.run.TABLE]; data, partitions, seeds: where it runs (all)
 
@@ -10,6 +10,7 @@ Later in this list goes over earlier. Paths are relative to the file. Every mist
 """
 
 import hashlib
+import json
 import re
 import tomllib
 import typing
@@ -31,20 +32,23 @@ _PATH_KEYS = ("store", "train", "eval")
 
 @dataclass(frozen=True)
 class Run:
-    """One run: where it stands in the study, and its configuration as text that `load_config` reads."""
+    """One run: where it stands in the study, its configuration, and the part of it that the study itself says."""
 
     method: str
     data: str
     partition: str
     seed: int
     config: RunConfig
+    settings: Mapping[str, Mapping[str, Any]]
 
     @property
     def name(self) -> str:
-        """A file name: readable, and another one for another configuration."""
+        """A file name: readable, and another one for other settings. Defaults of the engine are not among them: a row
+        names the version that it was made by."""
         words = (self.method, self.data, self.partition, f"seed-{self.seed}")
         readable = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
-        return f"{readable[:120]}--{hashlib.sha256(self.config_text.encode()).hexdigest()[:12]}"
+        said = json.dumps(self.settings, sort_keys=True)
+        return f"{readable[:120]}--{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
     @property
     def config_text(self) -> str:
@@ -131,7 +135,12 @@ def _cells(document: dict[str, Any]) -> list[tuple[str, str]]:
         elif not partitions:
             cells.append((name, "default"))
         else:
-            cells += [(name, partition) for partition in partitions]
+            wanted = sets[name].get("partitions", list(partitions))
+            for each in wanted if isinstance(wanted, list) else [wanted]:
+                if each not in partitions:
+                    known = nearest_word(str(each), list(partitions))
+                    raise ConfigError(f"[data.{name}] partitions: unknown name {each!r}{known}")
+                cells.append((name, each))
     return cells
 
 
@@ -158,12 +167,16 @@ def _run(
     _merge(tables, _table(document, "run"), "run")
     for kind, name in (("data", data_name), ("partition", partition)):
         keys = _table(_table(document, kind), name, f"{kind}.")
-        _merge(tables, {"data": {key: value for key, value in keys.items() if key != "run"}}, f"{kind}.{name}")
+        _merge(
+            tables,
+            {"data": {key: value for key, value in keys.items() if key not in ("run", "partitions")}},
+            f"{kind}.{name}",
+        )
         _merge(tables, _table(keys, "run", f"{kind}.{name}."), f"{kind}.{name}.run")
     _merge(tables, {"train": {"method": own.get("method", method), "seed": seed}}, "study")
     _merge(tables, _table(own, "run", f"method.{method}."), f"method.{method}.run")
     try:
-        return Run(method, data_name, partition, seed, build_config(tables, folder))
+        return Run(method, data_name, partition, seed, build_config(tables, folder), tables)
     except ConfigError as error:
         raise ConfigError(f"method {method}, data {data_name}, partition {partition}: {error}") from None
 
