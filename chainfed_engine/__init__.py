@@ -8,7 +8,8 @@
                 └────────── schedule: next window ◀── server: check, aggregate ◀────┘
 
 `convert` makes a layer store, `plan` predicts its memory, `fit` runs a federation in this process, `ChainTrainer`
-trains in a loop of your own. Names are imported when first used, so that `import chainfed_engine` costs nothing.
+trains in a loop of your own, `export` and `load_adapted` hand the result to other tools. Names are imported when first
+used, so that `import chainfed_engine` costs nothing.
 """
 
 from importlib import import_module
@@ -20,18 +21,37 @@ if TYPE_CHECKING:
     from chainfed_engine.api import Result, evaluate, fit, plan
     from chainfed_engine.chain_trainer import ChainTrainer
     from chainfed_engine.config import ChainConfig
+    from chainfed_engine.exports import AdaptedClassifier, Exported, export, load_adapted
     from chainfed_engine.model.convert import convert
     from chainfed_engine.model.synth import synth
 
-__all__ = ["ChainConfig", "ChainTrainer", "Result", "__version__", "convert", "evaluate", "fit", "plan", "synth"]
+__all__ = [
+    "AdaptedClassifier",
+    "ChainConfig",
+    "ChainTrainer",
+    "Exported",
+    "Result",
+    "__version__",
+    "convert",
+    "evaluate",
+    "export",
+    "fit",
+    "load_adapted",
+    "plan",
+    "synth",
+]
 
 _HOMES = {
+    "AdaptedClassifier": "exports",
     "ChainConfig": "config",
     "ChainTrainer": "chain_trainer",
+    "Exported": "exports",
     "Result": "api",
     "convert": "model.convert",
     "evaluate": "api",
+    "export": "exports",
     "fit": "api",
+    "load_adapted": "exports",
     "plan": "api",
     "synth": "model.synth",
 }

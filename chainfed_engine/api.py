@@ -1,6 +1,5 @@
 """The public functions behind `import chainfed_engine as cfe` and the command line: plan, fit, run, evaluate."""
 
-import json
 import shutil
 import tempfile
 import weakref
@@ -15,17 +14,14 @@ from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
-from chainfed_engine.errors import CorruptFile, DataError, StorageError
+from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.inputs import encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, TaskKind
-
-LABELS_FILE = "labels.json"
-BYTES_A_TOKEN = 8  # int32 ids, and labels of a causal LM
 
 
 @dataclass(frozen=True)
@@ -127,9 +123,13 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = data.read_table(data_file, config.data.columns)
-    encoded = _encode(config, table, tokenizer, _read_labels(run_dir) if config.data.label else None)
+    encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, _plan(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store),
+        config.chain,
+        plan_run(config, {}, encoded),
+        encoded.task,
+        num_labels=len(encoded.label_names),
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -165,10 +165,11 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    encoded = _encode(config, table, tokenizer, None)
+    encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
-    evaluation = None if held_out is None else _encode(config, held_out, tokenizer, labels or None)
+    evaluation = None if held_out is None else encode(config, held_out, tokenizer, labels or None)
     clients = _partition(config, table, encoded)
     events: list[dict[str, Any]] = []
 
@@ -176,7 +177,7 @@ def _train(
         events.append(dict(event))
         notify(callbacks, event)
 
-    plan = _plan(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
@@ -187,13 +188,24 @@ def _train(
         ) as session,
         RunDirectory(out, config_text=dump_config(recorded), resume=resume) as directory,
     ):
-        _keep_labels(out, labels, resume=resume)
+        keep_labels(out, labels, resume=resume)
         if absent and not resume:
             event = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
             directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
 
 
 def _watchers(
@@ -209,12 +221,6 @@ class _Function:
     on_event: Callable[[Mapping[str, Any]], None]
 
 
-def _plan(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
-    """The run's plan, its samples counted in; nothing is written or allocated before it."""
-    num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
-    return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
-
-
 def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
     """Clients whose own memory cannot hold the method, by the planner's prediction; bytes they have."""
     column, listed = config.data.client_budget, config.chain.client_budgets
@@ -226,18 +232,6 @@ def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData
     else:
         return {}
     return budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
-
-
-def _encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: list[str] | None) -> EncodedData:
-    length = config.chain.sequence_length
-    if config.data.response is not None:
-        return data.encode_causal(
-            table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
-        )
-    assert config.data.label is not None
-    return data.encode_classification(
-        table, tokenizer, text=config.data.text, label=config.data.label, labels=labels, max_length=length
-    )
 
 
 def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:
@@ -266,25 +260,3 @@ def _client_table(clients: Any, column: str) -> tuple[Table, str]:
         columns = {key: part.column(key) for key in part.columns}
         rows += [{**{key: values[row] for key, values in columns.items()}, column: name} for row in range(len(part))]
     return data.as_table(rows, "clients"), column
-
-
-def _keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
-    """Write labels.json once; a run that is taken up must have the same labels in the same order."""
-    if resume and (out / LABELS_FILE).exists():
-        if _read_labels(out) != labels:
-            raise DataError(f"{out}: resume: the data's labels differ from the saved run's; use the same data")
-    elif labels:
-        write_text(out / LABELS_FILE, json.dumps(labels))
-
-
-def _read_labels(run_dir: Path) -> list[str]:
-    path = run_dir / LABELS_FILE
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}; expected the directory of a classification run") from error
-    except ValueError as error:
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged") from error
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged")
-    return labels

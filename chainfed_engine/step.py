@@ -103,6 +103,8 @@ class StageTrainer:
                 adapters_hash=self.parameters.hash_below,
             )
         if self.window is None or self.window.window != window:
+            if self.window is not None:
+                self.window.close()
             self.window = None  # the old window's small parameters go before the new one's come
             self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
         self.objective = self._objective(arrays)

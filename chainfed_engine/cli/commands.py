@@ -94,6 +94,18 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import byte_progress
+    from chainfed_engine.exports import export as export_run
+
+    with byte_progress("export") as progress:
+        done = export_run(
+            options.run, options.out, options.to, base=options.base, dtype=options.dtype, progress=progress
+        )
+    print("\n".join([f"{done.path}: {_path_size(done.path)}, {options.to}", *done.notes]))
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     from chainfed_engine.report import write_report
 
@@ -107,6 +119,10 @@ def doctor(options: argparse.Namespace) -> int:
     report = examine(disk=options.disk)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["verdict"]["ok"] else 2
+
+
+def _path_size(path: Path) -> str:
+    return _folder_size(str(path)) if path.is_dir() else format_size(path.stat().st_size)
 
 
 def _say(line: str) -> None:

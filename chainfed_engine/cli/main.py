@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from chainfed_engine._version import __version__
-from chainfed_engine.cli import commands
+from chainfed_engine.cli import commands, federation
 from chainfed_engine.errors import ChainfedError
 from chainfed_engine.sizes import parse_size
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_store_commands(subparsers)
     _add_run_commands(subparsers)
+    federation.add_commands(subparsers)
     doctor = subparsers.add_parser("doctor", help="check this machine: versions, SIMD, kernels, memory and disk")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument("--disk", metavar="DIR", help="folder whose disk is measured (default: the temporary folder)")
@@ -127,6 +128,21 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)
+
+    export = subparsers.add_parser("export", help="a LoRA run for other tools: PEFT, llama.cpp, or merged weights")
+    export.add_argument("run", metavar="DIR", help="run directory")
+    export.add_argument("out", metavar="OUT", help="folder to write (gguf: file)")
+    export.add_argument("--to", required=True, choices=("peft", "gguf", "merged"))
+    export.add_argument(
+        "--base", metavar="PATH", help="the original checkpoint (folder, hub id or .gguf), for exact merged weights"
+    )
+    export.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "f32", "bf16", "f16"),
+        help="of merged weights (default: the model's)",
+    )
+    export.set_defaults(command=commands.export)
 
     report = subparsers.add_parser("report", help="one HTML page with the plots of a run, or comparing several")
     report.add_argument("runs", metavar="DIR", nargs="+", help="run directory; several are compared")

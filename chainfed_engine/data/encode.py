@@ -43,6 +43,13 @@ class EncodedData:
     def num_tokens(self) -> int:
         return sum(len(ids) for ids in self.input_ids)
 
+    @property
+    def most_targets(self) -> int:
+        """Largest number of labelled tokens in a sample (causal LM); 1 for classification, 0 without samples."""
+        if isinstance(self.labels, np.ndarray):
+            return 1
+        return max((int((labels[1:] != IGNORE_INDEX).sum()) for labels in self.labels), default=0)
+
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> "EncodedData":
         """Samples (not table rows) `indices`, in that order; arrays are shared, not copied."""
         picked = np.asarray(indices, dtype=np.int64)

@@ -44,15 +44,16 @@ def fit(
     on_event: Callable[[Event], None] | None = None,
     resume: bool = False,
     measure_memory: Callable[[], Mapping[str, int]] = measure_peak_rss,
+    held: Mapping[str, object] | None = None,
 ) -> FitResult:
     """Run `server` (fresh, of the run's own configuration) to its end.
 
     `evaluator` scores the whole model every `eval_every` rounds and at the end (None: never). `on_event` sees every
     line of metrics.jsonl as it is written, and `phase` (an exchange or an evaluation begins) and `step` events (one a
     reply) for a progress bar.
-    `measure_memory`: the figures of a `memory` event.
+    `measure_memory`: the figures of a `memory` event. `held`: what clients say they kept of an earlier run.
     """
-    return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume)
+    return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume, held or {})
 
 
 class _Run:
@@ -73,9 +74,11 @@ class _Run:
         self._measure_memory = measure_memory
         self._evaluated: Event = {}
 
-    def run(self, resume: bool) -> FitResult:
+    def run(self, resume: bool, held: Mapping[str, object]) -> FitResult:
         if resume:
             self._take_up()
+        for client, versions in held.items():
+            self._server.believe(client, versions)
         run_rounds(self._server, self._transport, self._directory, emit=self._emit, after_exchange=self._after)
         if not self._is_evaluated():
             self._evaluate()

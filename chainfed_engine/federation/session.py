@@ -21,7 +21,8 @@ from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
-from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
+from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
+from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
@@ -34,15 +35,17 @@ from chainfed_engine.types import TaskKind
 Event = Mapping[str, Any]
 
 
-def plan_for(info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0) -> Plan:
-    """The plan of a run with this store on this process. Raises MemoryBudgetExceeded, and ConfigError for choices that
-    this model cannot keep."""
+def plan_for(
+    info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0, facts: DataFacts | None = None
+) -> Plan:
+    """The plan of a run with this store on this process. `data_bytes`: a client's batches; `facts`: of the samples,
+    where they are known. Raises MemoryBudgetExceeded, and ConfigError for choices that this model cannot keep."""
     import chainfed_engine.model.families as families
     from chainfed_engine.memory.meter import rss_bytes
 
     check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
-    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes)
+    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes, facts or DataFacts())
     return make_plan(request)
 
 

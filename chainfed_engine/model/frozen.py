@@ -193,18 +193,18 @@ class FrozenModel:
         `pooling` "auto": as the store says, else as the family's own classifier does.
         """
         chosen: Pooling = self.store.info.pooling or self.family.pooling if pooling == "auto" else _pooling(pooling)
+        bias = self.family.classifier_bias
         out_weight = self.store.embedding_tensor("classifier.out_weight")
         if out_weight is None or out_weight.shape[0] != num_labels or chosen != self.family.pooling:
-            return Classifier(self.shape.hidden_size, num_labels, chosen, seed=seed)
+            return Classifier(self.shape.hidden_size, num_labels, chosen, bias=bias, seed=seed)
         transform = self.family.transform_activation
-        classifier = Classifier(self.shape.hidden_size, num_labels, chosen, transform=transform, seed=seed)
+        classifier = Classifier(self.shape.hidden_size, num_labels, chosen, transform=transform, bias=bias, seed=seed)
         with torch.no_grad():
             for name, parameter in classifier.named_parameters():
                 value = self.store.embedding_tensor(f"classifier.{name}")
-                if value is not None:
-                    parameter.copy_(like(value, parameter, f"classifier.{name}"))
-                elif name != "out_bias":  # decoders' heads have none: it starts at zero
+                if value is None:
                     raise CorruptFile(f"{self.store.info.embedding.path}: a classification head without {name}")
+                parameter.copy_(like(value, parameter, f"classifier.{name}"))
         return classifier
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:

@@ -7,6 +7,7 @@ vocabulary does not set the size of the ring's slots. Unless all is resident, wo
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.model.format import StoreInfo
 
+FREE_SLOTS = 2  # beside pinned layers: a file in use and one being read
 _EMBEDDING = 0
 _WORDS, _HEAD = "word_embeddings.weight", "head.weight"
 
@@ -36,6 +38,7 @@ class LayerStore:
         ring = [file.native() for file in info.files[1:]]
         self.info = info
         self.resident = num_slots is None
+        self.num_slots = num_slots or len(ring)
         self._embedding = native.StoreReader([info.embedding.native()], num_slots=1, direct=direct)
         self._ring = native.StoreReader(ring, num_slots=num_slots or len(ring), direct=direct)
         self.head_shards = _shards(info)
@@ -75,6 +78,13 @@ class LayerStore:
     def lease(self, file: int) -> native.Lease:
         """Pin a file in memory, reading it if need be. Raises CorruptFile, StorageError."""
         return self._embedding.acquire(0) if file == _EMBEDDING else self._ring.acquire(file - 1)
+
+    def pin_layers(self, layers: Iterable[int]) -> list[native.Lease]:
+        """Leases that keep these layers in memory until released; none where two slots would not stay free."""
+        wanted = list(layers)
+        if self.resident or len(wanted) + FREE_SLOTS > self.num_slots:
+            return []
+        return [self.lease_layer(index) for index in wanted]
 
     def prefetch(self, file: int) -> None:
         """Start reading a layer or a head shard in the background, if a slot is free."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile, InvalidArgument
 from chainfed_engine.server import saved
@@ -19,7 +20,7 @@ from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
-from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
+from chainfed_engine.server.profile import ProfileCollector
 from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.setbacks import Setbacks
@@ -27,9 +28,6 @@ from chainfed_engine.server.summary import Summary
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
-
-# A stand-in of D x D numbers wants as many tokens as it can get: few clients make up for it with more batches each.
-STAND_IN_BATCHES = 16
 
 
 class Server:
@@ -149,11 +147,11 @@ class Server:
         for name in cohort:
             settings: dict[str, Scalar] = {
                 "batch_size": self.config.batch_size,
-                "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
+                "num_batches": -(-stand_in.BATCHES // len(cohort)) if depths else 1,
                 "depth_start": depths.start,
                 "depth_stop": depths.stop,
                 "with_scores": int(self._start_layer is None),
-                "max_rows": -(-rows_in_all(self.shape.hidden_size) // len(cohort)),
+                "max_rows": -(-stand_in.rows_in_all(self.shape.hidden_size) // len(cohort)),
                 "seed": self._seed(PROFILE_STREAM, attempt, name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -222,6 +220,13 @@ class Server:
         else:
             self._setbacks.rejected(summary.rejected)
         return summary
+
+    def believe(self, client: str, versions: object) -> None:
+        """Take a client at its word about what it holds; where the word is wrong, its next task fails and it is sent
+        everything. `versions`: parameter -> version; anything else counts as nothing."""
+        if client in self.client_samples and isinstance(versions, Mapping):
+            texts = {key: text for key, text in versions.items() if isinstance(key, str) and isinstance(text, str)}
+            self._holdings.confirm(client, self._model.known(texts))
 
     def forget(self, clients: Iterable[str]) -> None:
         """Rely no longer on what these clients hold: they answered a server that is gone, or were started anew."""
@@ -347,7 +352,7 @@ class Server:
         """Depths to fit stand-ins for before the next round, no more than one exchange carries."""
         if self._start_layer is None:
             return range(0)
-        at_most = depths_at_once(self.shape.hidden_size)
+        at_most = stand_in.depths_at_once(self.shape.hidden_size)
         fitted = self._model.stand_in_depths()
         return self._plan.missing_depths(self._round_id, self._start_layer, fitted, at_most=at_most)
 

@@ -2,7 +2,7 @@
 
     [study]           methods, seeds, reference, threads, clock
     [run.TABLE]       settings of every run, as in a run's own file
-    [data.NAME]       keys of [data]; [data.NAME.run.TABLE]: settings of its runs alone
+    [data.NAME]       keys of [data]; [data.NAME.run.TABLE]: settings of its runs alone; partitions: its own (all)
     [partition.NAME]  keys of [data]; data with a `client` column have that partition and no other
     [method.NAME]     method (default: NAME), [method.NAME.run.TABLE]; data, partitions, seeds: where it runs (all)
 
@@ -131,7 +131,12 @@ def _cells(document: dict[str, Any]) -> list[tuple[str, str]]:
         elif not partitions:
             cells.append((name, "default"))
         else:
-            cells += [(name, partition) for partition in partitions]
+            wanted = sets[name].get("partitions", list(partitions))
+            for each in wanted if isinstance(wanted, list) else [wanted]:
+                if each not in partitions:
+                    known = nearest_word(str(each), list(partitions))
+                    raise ConfigError(f"[data.{name}] partitions: unknown name {each!r}{known}")
+                cells.append((name, each))
     return cells
 
 
@@ -158,7 +163,11 @@ def _run(
     _merge(tables, _table(document, "run"), "run")
     for kind, name in (("data", data_name), ("partition", partition)):
         keys = _table(_table(document, kind), name, f"{kind}.")
-        _merge(tables, {"data": {key: value for key, value in keys.items() if key != "run"}}, f"{kind}.{name}")
+        _merge(
+            tables,
+            {"data": {key: value for key, value in keys.items() if key not in ("run", "partitions")}},
+            f"{kind}.{name}",
+        )
         _merge(tables, _table(keys, "run", f"{kind}.{name}."), f"{kind}.{name}.run")
     _merge(tables, {"train": {"method": own.get("method", method), "seed": seed}}, "study")
     _merge(tables, _table(own, "run", f"method.{method}."), f"method.{method}.run")

@@ -24,13 +24,8 @@ struct Neon {
     }
     return vmaxvq_u32(vmaxq_u32(low, high));
   }
-  static uint32_t max_bits_without(const float* values, uint64_t out) {
-    uint32x4_t largest = vdupq_n_u32(0);
-    for (int64_t i = 0; i < kGroupSize; i += 4) {
-      const uint32x4_t is_out = vtstq_u32(vdupq_n_u32(static_cast<uint32_t>(out >> i & 15)), lane_bits());
-      largest = vmaxq_u32(largest, vbicq_u32(load_magnitudes(values + i), is_out));
-    }
-    return vmaxvq_u32(largest);
+  static void max_bits_of_8(const float* values, uint32_t* out) {
+    for (int g = 0; g < 8; ++g) out[g] = max_bits(values + g * kGroupSize);
   }
   static int64_t first_of_largest(const uint32_t* values, int64_t count) {
     uint32x4_t largest = vld1q_u32(values);
@@ -41,14 +36,16 @@ struct Neon {
       if (mask != 0) return i + __builtin_ctz(mask);
     }
   }
-  static uint64_t equal(const float* values, uint32_t bits) {
+  static Taken take(const float* values, uint32_t bits) {
     const uint32x4_t wanted = vdupq_n_u32(bits);
-    uint64_t mask = 0;
+    uint32x4_t below = vdupq_n_u32(0);
+    uint64_t equal = 0;
     for (int64_t i = 0; i < kGroupSize; i += 4) {
-      const uint32x4_t found = vandq_u32(vceqq_u32(load_magnitudes(values + i), wanted), lane_bits());
-      mask |= static_cast<uint64_t>(vaddvq_u32(found)) << i;
+      const uint32x4_t value = load_magnitudes(values + i);
+      equal |= static_cast<uint64_t>(vaddvq_u32(vandq_u32(vceqq_u32(value, wanted), lane_bits()))) << i;
+      below = vmaxq_u32(below, vandq_u32(value, vcltq_u32(value, wanted)));
     }
-    return mask;
+    return {equal, vmaxvq_u32(below)};
   }
   // One conversion a group of 64 values; rounding upwards has no instruction of its own.
   static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {

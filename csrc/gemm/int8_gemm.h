@@ -46,6 +46,9 @@ extern const Int8Level kInt8Scalar, kInt8Avx2, kInt8Avx512Vnni, kInt8Neon, kInt8
 
 void int8_forward(const MatrixView& w, const float* x, int64_t num_tokens, const float* bias, float* out,
                   void* workspace);
+// The two halves of int8_forward for at most kInt8ChunkTokens rows: packing depends on w's format and width alone.
+void int8_pack(const MatrixView& w, const float* x, int64_t num_tokens, void* workspace);
+void int8_forward_packed(const MatrixView& w, int64_t num_tokens, const float* bias, float* out, const void* workspace);
 int64_t int8_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_cols);
 
 }  // namespace chainfed

@@ -8,6 +8,7 @@
 #include "base/thread_pool.h"
 #include "base/workspace.h"
 #include "chainfed/kernels.h"
+#include "gemm/linear.h"
 #include "head/cell.h"
 #include "head/int16_cell.h"
 #include "head/panel.h"
@@ -181,10 +182,12 @@ void update_grad_columns(const Chunk& chunk, const MatrixView& shard, int64_t fi
 
 void update_chunk(const Chunk& chunk, const MatrixView& shard, int64_t first_row, Activation activation) {
   retire_non_finite_tokens(chunk);
+  static_assert(kChunkTokens <= kMaxPackedTokens, "a chunk is packed as a whole");
+  linear_pack(shard, chunk.hidden, chunk.num_tokens, activation, chunk.linear);
   for (int64_t row = 0; row < shard.num_rows; row += kVocabularyTile) {
     const int64_t num_rows = std::min(kVocabularyTile, shard.num_rows - row);
-    linear_forward(row_range(shard, row, num_rows), chunk.hidden, chunk.num_tokens, nullptr, activation, chunk.logits,
-                   chunk.linear);
+    linear_forward_packed(row_range(shard, row, num_rows), chunk.hidden, chunk.num_tokens, activation, chunk.logits,
+                          chunk.linear);
     parallel_for(chunk.num_blocks(), [&](int64_t block) { weigh_block(chunk, block, first_row + row, num_rows); });
     if (chunk.grad == nullptr) continue;
     parallel_for(ceil_div(chunk.hidden_size, kPanelCols),

@@ -16,15 +16,16 @@ class PageBuffer {
 
   // Reserve `bytes` of address space on the first call; later calls keep what is there. Throws IoError.
   void reserve(int64_t bytes);
-  // Give back the pages that [0, bytes) does not need.
-  void drop_tail(int64_t bytes);
-  // Memory that [0, bytes) takes when written, whole pages.
+  // Make ready for [0, bytes): huge pages where whole ones fit, ordinary pages for the rest; give back what lies beyond.
+  void shape_for(int64_t bytes);
+  // Memory that [0, bytes) takes when written: whole pages.
   int64_t held_bytes(int64_t bytes) const;
   char* data() const { return data_; }
 
  private:
   char* data_ = nullptr;
   int64_t bytes_ = 0;
+  int64_t huge_bytes_ = 0;  // [0, huge_bytes_) may be on huge pages
 };
 
 }  // namespace chainfed

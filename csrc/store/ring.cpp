@@ -221,7 +221,7 @@ std::unique_ptr<ReadFailure> Ring::read_file(PageBuffer& memory, int file) {
   const int64_t start_ns = now_ns();
   auto failure = std::make_unique<ReadFailure>();
   try {
-    memory.drop_tail(wanted.file_bytes);
+    memory.shape_for(wanted.file_bytes);
     if (read_exact(handle(file), wanted.path, memory.data(), wanted.file_bytes, 0, &stop_, &bytes_read)) {
       failure.reset();
     } else {

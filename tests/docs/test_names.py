@@ -49,7 +49,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_exist(page: Path) -> None:
     for name in named(page):
         if name.startswith(FOLDERS) and not re.search(r"[*<{ ]", name):
-            assert (ROOT / name).exists() or "smollm3" in name, f"{page.name}: {name}"
+            assert (ROOT / name).exists() or name.endswith(("/ernie4_5.py", "/gain.py")), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)

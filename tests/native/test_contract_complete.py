@@ -51,7 +51,7 @@ def test_gather_rows_of_a_store_refuses_what_gather_rows_refuses(tmp_path: Path)
         with pytest.raises(InvalidArgument, match="out"):
             reader.gather_rows(0, "w", ids, out=wrong)
     for bad in (np.array([8]), np.array([-1]), np.array([0.0]), np.array([[0]])):
-        with pytest.raises(InvalidArgument, match="row.id"):
+        with pytest.raises(InvalidArgument, match=r"row.id"):
             reader.gather_rows(0, "w", bad, out=out[:1])
     assert (out == 0).all()
     reader.gather_rows(0, "w", ids, out=out)

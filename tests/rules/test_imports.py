@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ROWS: tuple[frozenset[str], ...] = (
     frozenset(
         {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
-        | {"directions"}
+        | {"directions", "least_squares"}
     ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
@@ -24,7 +24,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "export", "report", "study"}),
+    frozenset({"api", "exports", "report", "study"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {

@@ -49,6 +49,15 @@ def test_overrides_replace_add_and_read_paths_from_the_working_directory(
     assert quoted.config.chain.lr == 0.3
 
 
+def test_data_can_be_limited_to_some_partitions(folder: Path) -> None:
+    limited = STUDY.replace("[data.films]", '[data.films]\npartitions = ["skewed"]')
+    (folder / "study.toml").write_text(limited)
+    assert {run.cell for run in load_study(folder / "study.toml").runs} == {("films", "skewed"), ("by-site", "client")}
+    (folder / "study.toml").write_text(limited.replace('["skewed"]', '["skwed"]'))
+    with pytest.raises(ConfigError, match=r"\[data\.films\] partitions: unknown name 'skwed'; did you mean skewed\?"):
+        load_study(folder / "study.toml")
+
+
 def test_a_method_can_be_limited_to_some_data_partitions_and_seeds(folder: Path) -> None:
     text = STUDY.replace(
         'method = "full-adapters"', 'method = "full-adapters"\ndata = ["films"]\npartitions = ["even"]\nseeds = [1]'

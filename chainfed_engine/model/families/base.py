@@ -38,6 +38,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]  # query and value projection, relative to the layer
     pooling: ClassVar[Pooling]  # what the family's own sequence classifier reads
     transform_activation: ClassVar[Literal["tanh", "relu"] | None]  # of the classifier's transform; None: no transform
+    classifier_bias: ClassVar[bool] = True  # whether the library's classification head has one
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The library's config of `values`, set to scaled-dot-product attention. Raises UnsupportedModel."""

@@ -1,0 +1,1 @@
+"""Flower's two components. They hold no logic: the engine is installed where they run."""

@@ -1,0 +1,69 @@
+"""`chainfed join`: a site's process with its model, and a SuperNode beside it that is started again when it dies.
+
+In: the site's own CONFIG.toml, its folder, its keys, where the server is. Out: nothing but answers to the server.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from chainfed_engine.config_file import load_config
+from chainfed_engine.errors import StorageError
+from chainfed_engine.federation.files import make_folder
+from chainfed_engine.federation.processes import Child, flower_environment, flower_program
+from chainfed_engine.federation.site import Site
+from chainfed_engine.federation.site_socket import SiteSocket
+
+# A SuperNode that comes back is refused until the server has noticed that the old one is gone (about 40 seconds).
+_AGAIN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """`keys`: the folder `sites/NAME` that `chainfed keys` made. `port`: of the SuperNode on this machine."""
+
+    name: str
+    config: Path
+    out: Path
+    keys: Path
+    server: str
+    port: int = 9094
+
+
+class FlowerSite:
+    """Owns the socket and the SuperNode; a context manager."""
+
+    def __init__(self, options: JoinOptions) -> None:
+        for name in ("ca.crt", "site.key"):
+            if not (options.keys / name).is_file():
+                raise StorageError(
+                    f"{options.keys / name}: not found; expected the folder of this site that `chainfed keys` made"
+                )
+        program = flower_program("flower-supernode")
+        self._site = Site(options.name, load_config(options.config), options.out)
+        self._socket = SiteSocket(self._site)
+        folder = options.out / "flower"
+        make_folder(folder / "home")
+        command = [program, "--root-certificates", str(options.keys / "ca.crt"), "--superlink", options.server]
+        command += ["--auth-supernode-private-key", str(options.keys / "site.key")]
+        command += ["--host", "127.0.0.1", "--port", str(options.port)]
+        command += ["--node-config", f'socket="{self._socket.path}"']
+        self.supernode = Child(command, flower_environment(folder / "home"), folder / "supernode.log")
+
+    def __enter__(self) -> "FlowerSite":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.supernode.stop()
+        self._socket.close()
+        self._site.close()
+
+    def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
+        """Answer messages for ever, or until `until` says so."""
+        while not until():
+            before = self.supernode.starts
+            self.supernode.keep_running(after_seconds=_AGAIN_SECONDS)
+            if self.supernode.starts > max(before, 1):
+                print(f"chainfed: SuperNode ended, start {self.supernode.starts}", file=sys.stderr, flush=True)
+            self._socket.serve_once()

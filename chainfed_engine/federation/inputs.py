@@ -1,0 +1,72 @@
+"""What a run reads before it starts: rows to tokens, labels of the run, the plan. Shared by all ways to run one.
+
+In: a `RunConfig` and tables; out: encoded data, a plan, the label file of a run directory.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from chainfed_engine import data
+from chainfed_engine.config import RunConfig
+from chainfed_engine.data import EncodedData, Table, Tokenizer
+from chainfed_engine.errors import CorruptFile, DataError, StorageError
+from chainfed_engine.federation.files import write_text
+from chainfed_engine.federation.session import plan_for
+from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
+from chainfed_engine.memory.plan import Plan
+from chainfed_engine.model.format import StoreInfo
+
+LABELS_FILE = "labels.json"
+
+
+def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
+    """The run's plan, its samples counted in; nothing is written or allocated before it."""
+    parts = [*clients.values(), *([evaluation] if evaluation is not None else [])]
+    chain, largest = config.chain, max((part.num_tokens for part in parts), default=0)
+    if chain.max_local_steps:
+        largest = min(largest, chain.max_local_steps * chain.batch_size * chain.sequence_length)
+    facts = DataFacts(
+        longest_tokens=max((len(ids) for part in parts for ids in part.input_ids), default=None),
+        most_targets=max((part.most_targets for part in parts), default=None),
+        largest_client_samples=max((len(part) for part in clients.values()), default=0),
+        num_clients=len(clients) or None,
+    )
+    info = StoreInfo.read(config.store)
+    return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
+
+
+def encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: Sequence[str] | None) -> EncodedData:
+    """The table's rows as the run's task wants them; `labels` None: those of the table."""
+    length = config.chain.sequence_length
+    if config.data.response is not None:
+        return data.encode_causal(
+            table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
+        )
+    assert config.data.label is not None
+    return data.encode_classification(
+        table, tokenizer, text=config.data.text, label=config.data.label, labels=labels, max_length=length
+    )
+
+
+def keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
+    """Write labels.json once; a run that is taken up must have the same labels in the same order."""
+    if resume and (out / LABELS_FILE).exists():
+        if read_labels(out) != labels:
+            raise DataError(f"{out}: resume: the data's labels differ from the saved run's; use the same data")
+    elif labels:
+        write_text(out / LABELS_FILE, json.dumps(labels))
+
+
+def read_labels(run_dir: Path) -> list[str]:
+    """Labels of a run. Raises StorageError, CorruptFile."""
+    path = run_dir / LABELS_FILE
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}; expected the directory of a classification run") from error
+    except ValueError as error:
+        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged") from error
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged")
+    return labels
