@@ -8,8 +8,8 @@
                 └────────── schedule: next window ◀── server: check, aggregate ◀────┘
 
 `convert` makes a layer store, `plan` predicts its memory, `fit` runs a federation in this process, `ChainTrainer`
-trains in a loop of your own, `export` and `load_adapted` hand the result to other tools. Names are imported when first
-used, so that `import chainfed_engine` costs nothing.
+trains in a loop of your own, `export` and `load_adapted` hand the result to other tools, `memory.measure` tells what a
+stretch of a script really used. Names are imported when first used, so that `import chainfed_engine` costs nothing.
 """
 
 from importlib import import_module
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from chainfed_engine._version import __version__
 
 if TYPE_CHECKING:
+    from chainfed_engine import memory
     from chainfed_engine.api import Result, evaluate, fit, plan
     from chainfed_engine.chain_trainer import ChainTrainer
     from chainfed_engine.config import ChainConfig
@@ -37,6 +38,7 @@ __all__ = [
     "export",
     "fit",
     "load_adapted",
+    "memory",
     "plan",
     "save_run",
     "synth",
@@ -60,6 +62,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "memory":
+        return import_module("chainfed_engine.memory")
     if name not in _HOMES:
         raise AttributeError(f"module 'chainfed_engine' has no attribute {name!r}")
     return getattr(import_module(f"chainfed_engine.{_HOMES[name]}"), name)

@@ -55,10 +55,15 @@ class ChainConfig:
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
     rounds: int = _in("chain", 24, low=1)
-    probe_rounds: int = _in("chain", 0)
+    # rounds that first fit the classifier in closed form; None: a fifth of them, 1 to 4; none for causal LMs
+    probe_rounds: int | None = _in("chain", None, none="auto")
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
+    # every k-th step takes the exact end-to-end loss, the layers above the window streamed one at a time; 0: never
+    foresight_every: int = _in("chain", 0)
+    # "at-top": once fitted, below the top it is a fixed part of the stand-in, if it is all that follows the last layer
+    train_classifier: Literal["at-top", "always"] = _in("chain", "at-top")
     # relative to the mean squared column; None: by cross-validation
     stand_in_ridge: float | None = _in("chain", None, above=True, high=1e6, none="auto")
 
@@ -107,7 +112,7 @@ class ChainConfig:
             raise ConfigError(
                 f"[baseline] min_rank: expected at most [chain] adapter_size ({self.adapter_size}), got {self.min_rank}"
             )
-        if self.probe_rounds > self.rounds:
+        if self.probe_rounds is not None and self.probe_rounds > self.rounds:
             raise ConfigError(
                 f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
             )

@@ -253,5 +253,5 @@ def test_rows_with_blanks_are_refused_by_line_or_left_out_openly(stores: dict[st
 
 
 def test_a_table_with_none_of_the_columns_names_those_it_has(stores: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match="'label', 'response' or 'messages'.* there are 'sentiment', 'text'"):
+    with pytest.raises(DataError, match=r"'label', 'response' or 'messages'.* there are 'sentiment', 'text'"):
         cfe.fit(stores["bert"], {"anna": [{"text": "a", "sentiment": "b"}]}, CONFIG)

@@ -10,6 +10,7 @@ Later in this list goes over earlier. Paths are relative to the file. Every mist
 """
 
 import hashlib
+import json
 import re
 import tomllib
 import typing
@@ -31,20 +32,23 @@ _PATH_KEYS = ("store", "train", "eval")
 
 @dataclass(frozen=True)
 class Run:
-    """One run: where it stands in the study, and its configuration as text that `load_config` reads."""
+    """One run: where it stands in the study, its configuration, and the part of it that the study itself says."""
 
     method: str
     data: str
     partition: str
     seed: int
     config: RunConfig
+    settings: Mapping[str, Mapping[str, Any]]
 
     @property
     def name(self) -> str:
-        """A file name: readable, and another one for another configuration."""
+        """A file name: readable, and another one for other settings. Defaults of the engine are not among them: a row
+        names the version that it was made by."""
         words = (self.method, self.data, self.partition, f"seed-{self.seed}")
         readable = "--".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-") for word in words)
-        return f"{readable[:120]}--{hashlib.sha256(self.config_text.encode()).hexdigest()[:12]}"
+        said = json.dumps(self.settings, sort_keys=True)
+        return f"{readable[:120]}--{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
     @property
     def config_text(self) -> str:
@@ -172,7 +176,7 @@ def _run(
     _merge(tables, {"train": {"method": own.get("method", method), "seed": seed}}, "study")
     _merge(tables, _table(own, "run", f"method.{method}."), f"method.{method}.run")
     try:
-        return Run(method, data_name, partition, seed, build_config(tables, folder))
+        return Run(method, data_name, partition, seed, build_config(tables, folder), tables)
     except ConfigError as error:
         raise ConfigError(f"method {method}, data {data_name}, partition {partition}: {error}") from None
 

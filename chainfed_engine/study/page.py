@@ -34,7 +34,7 @@ def render(study: Study, rows: Sequence[Row], comparison: Comparison) -> str:
     sections = [*([ALL] if comparison.of(ALL) else []), *comparison.cells]
     for cell in sections:
         if results := comparison.of(cell):
-            body += [f"<h2>{escape(cell_name(cell).capitalize())}</h2>", _table(results)]
+            body += [f"<h2>{escape('All together' if cell == ALL else cell_name(cell))}</h2>", _table(results)]
             body.append(_charts(study, [row for row in rows if (row.data, row.partition) == cell]))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -57,18 +57,28 @@ def _charts(study: Study, rows: Sequence[Row]) -> str:
         ("MB sent", lambda point: point.bytes_sent / 1e6),
     )
     measure = rows[0].measure.replace("_", " ")
-    styles = {method: style for style, method in enumerate(study.methods)}
-    lines = {method: mean_curve([row for row in rows if row.method == method]) for method in study.methods}
-    lines = {method: points for method, points in lines.items() if points}
-    legend = "".join(f"<li>{svg.swatch(styles[method], filled=False)}{escape(method)}</li>" for method in lines)
-    cards = []
-    for label, place in axes:
-        title = f"{measure.capitalize()} against {label}"
-        picture = _curves(title, lines, styles, place, label, measure)
-        cards.append(
-            f'<section class="card"><h3>{escape(title)}</h3>{picture}<ul class="legend">{legend}</ul></section>'
-        )
-    return f'<div class="grid">{"".join(cards)}</div>'
+    curves = {method: mean_curve([row for row in rows if row.method == method]) for method in study.methods}
+    cards: list[str] = []
+    for methods in _groups(study):
+        lines = {method: curves[method] for method in methods if curves[method]}
+        if set(lines) <= {study.reference} and cards:
+            continue
+        styles = {method: style for style, method in enumerate(methods)}
+        named = (f"<li>{svg.swatch(styles[method], filled=False)}{escape(method)}</li>" for method in lines)
+        legend = f'<ul class="legend">{"".join(named)}</ul>'
+        for label, place in axes:
+            title = f"{measure.capitalize()} against {label}"
+            picture = _curves(title, lines, styles, place, label, measure)
+            cards.append(f'<section class="card"><h3>{escape(title)}</h3>{picture}{legend}</section>')
+    return f'<div class="grid" style="margin-top: 16px">{"".join(cards)}</div>'
+
+
+def _groups(study: Study) -> list[list[str]]:
+    """Methods of one chart each: the reference and as many others as there are styles to tell them apart."""
+    others = [method for method in study.methods if method != study.reference]
+    size = svg.NUM_STYLES - 1
+    groups = [others[first : first + size] for first in range(0, len(others), size)] or [[]]
+    return [[study.reference, *group] for group in groups]
 
 
 def mean_curve(rows: Sequence[Row]) -> list[Point]:

@@ -28,7 +28,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 def run_missing(study: Study, out: Path, *, jobs: int, report: Callable[[str], None]) -> int:
     """Every run without a row; `jobs` at a time. Returns how many failed: those leave a log and are tried again."""
-    with _locked(out):
+    with _locked(out, "another study"):
         missing = [run for run in study.runs if not _row_path(out, run).exists()]
         report(f"{len(study.runs) - len(missing)} of {len(study.runs)} runs are done")
         children: set[subprocess.Popen[bytes]] = set()
@@ -63,7 +63,9 @@ def finished_rows(study: Study, out: Path) -> list[Row]:
 def _run(study: Study, run: Run, out: Path, children: set[subprocess.Popen[bytes]]) -> Row:
     folder, log = out / "runs" / run.name, out / "logs" / f"{run.name}.log"
     config = out / "configs" / f"{run.name}.toml"
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        with _locked(folder, "a run that an earlier start of the study left behind"):
+            shutil.rmtree(folder, ignore_errors=True)
     for parent in (folder.parent, log.parent, config.parent, _row_path(out, run).parent):
         parent.mkdir(parents=True, exist_ok=True)
     write_text(config, run.config_text)
@@ -103,14 +105,14 @@ def _row_path(out: Path, run: Run) -> Path:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One study at a time in a folder."""
-    descriptor = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(folder: Path, owner: str) -> Iterator[None]:
+    """Nobody else works in this folder: neither a study nor, in a run's, the run itself."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StorageError(f"{out}: in use by another study; wait for it or choose another folder") from error
+            raise StorageError(f"{folder}: in use by {owner}; wait for it or end it") from error
         yield
     finally:
         os.close(descriptor)

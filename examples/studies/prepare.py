@@ -9,6 +9,7 @@ every run of a study evaluates many times.
 """
 
 import argparse
+import csv
 import json
 import random
 import sys
@@ -27,6 +28,15 @@ def write_sample(source: Path, target: Path, count: int, seed: int) -> None:
     target.write_text("".join(lines[index] + "\n" for index in picked), encoding="utf-8")
 
 
+def shorten(path: Path, count: int, seed: int) -> None:
+    """Keep the head and `count` rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    picked = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([head, *(rows[index] for index in picked)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -42,6 +52,7 @@ def main() -> None:
     reviews = options.out / "rotten_tomatoes"
     reviews.mkdir(parents=True, exist_ok=True)
     write_reviews(reviews, options.seed)
+    shorten(reviews / "eval.csv", EVALUATION_ROWS, options.seed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Means, standard errors, paired differences, costs to the reference's score: checked by hand on made-up rows."""
 
+import json
 import math
 from pathlib import Path
 
@@ -121,3 +122,18 @@ def test_a_mean_curve_has_the_rounds_that_every_run_has(study: Study) -> None:
         (1, pytest.approx(0.2)),
         (2, pytest.approx(0.3)),
     ]
+
+
+def test_no_two_methods_of_a_chart_look_alike(folder: Path) -> None:
+    methods = ["none", "chain", "lora", "fedra", "flora", "fwdllm", "fedkseed", "linear-probe", "top-window"]
+    chosen = json.dumps([*methods, "full-adapters"])
+    study = load_study(folder / "study.toml", [f"study.methods={chosen}", "study.reference=none"])
+    made = [row(study, method, "films", "even", 0, [0.1, 0.2], 1.0) for method in study.methods]
+    page = render(study, made, compare(study, made))
+    charts = page.split("<h3>")[1:]
+    assert len(charts) == 6, (
+        "three charts for seven methods and the reference, three for the other two and the reference"
+    )
+    for chart in charts:
+        dashes = [line.split('"')[0] for line in chart.split("<ul")[0].split('stroke-dasharray="')[1:]]
+        assert len(set(dashes)) == len(dashes) >= 3

@@ -1,11 +1,13 @@
 """A study for real on a random model: own processes, rows, nothing twice, kills, failures that name their cause."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -110,13 +112,23 @@ def test_clients_with_one_sample_each_are_no_trouble(folder: Path, store: Path) 
 
 
 def test_two_studies_do_not_share_a_folder(folder: Path) -> None:
-    import fcntl
-
     (folder / "out").mkdir()
     with open(folder / "out" / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(StorageError, match="in use by another study"):
             run_missing(load_study(folder / "study.toml"), folder / "out", jobs=1, report=print)
+
+
+def test_a_run_left_behind_by_a_killed_study_is_not_disturbed(folder: Path) -> None:
+    study = load_study(folder / "study.toml", list(ONE_RUN[1::2]))
+    said: list[str] = []
+    with ExitStack() as stack:
+        for run in study.runs:
+            left_behind = folder / "out" / "runs" / run.name
+            left_behind.mkdir(parents=True)
+            fcntl.flock(stack.enter_context((left_behind / "lock").open("w")), fcntl.LOCK_EX)
+        assert run_missing(study, folder / "out", jobs=2, report=said.append) == len(study.runs)
+    assert "in use by a run that an earlier start of the study left behind" in said[-1]
 
 
 def test_a_damaged_row_names_itself(folder: Path) -> None:
