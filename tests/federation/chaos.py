@@ -6,7 +6,7 @@ worth something and a poisoned round shows. Faults are drawn from (seed, round, 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ class LearningTrainer(FakeTrainer):
     """Trains classifier.out_weight and out_bias on features drawn from the sample's id; adapters as its base does."""
 
     def step(self, batch: Batch) -> float:
+        weight, bias = (self.parameters[f"classifier.out_{name}"].copy() for name in ("weight", "bias"))
         super().step(batch)
+        self.parameters |= {"classifier.out_weight": weight, "classifier.out_bias": bias}
         features, labels = _samples(batch.sample_ids)
-        weight, bias = self.parameters["classifier.out_weight"], self.parameters["classifier.out_bias"]
         probabilities = _softmax(features @ weight.T + bias)
         loss = -float(np.mean(np.log(probabilities[np.arange(len(labels)), labels] + 1e-9)))
         probabilities[np.arange(len(labels)), labels] -= 1
@@ -109,7 +110,7 @@ def _samples(sample_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([row[0] for row in rows]), np.array([row[1] for row in rows])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sample(name: str) -> tuple[np.ndarray, int]:
     seed = int.from_bytes(name.encode(), "big") % 2**64
     generator = np.random.default_rng(seed)
