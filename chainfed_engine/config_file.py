@@ -47,6 +47,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def build_config(document: Mapping[str, Any], folder: Path) -> RunConfig:
+    """A run from the tables of a TOML document; paths are relative to `folder`. Raises ConfigError."""
+    return _build(_flatten(document, folder))
+
+
 def dump_config(config: RunConfig) -> str:
     """TOML text that `load_config` reads back as an equal RunConfig; None is written as its word ("auto", "none")."""
     tables: dict[str, dict[str, Any]] = {"model": {"store": config.store}, "data": {}, "chain": {}}
@@ -73,7 +78,7 @@ def _known() -> dict[tuple[str, str], tuple[Any, Mapping[str, Any]]]:
     return known
 
 
-def _flatten(document: dict[str, Any], folder: Path) -> dict[tuple[str, str], Any]:
+def _flatten(document: Mapping[str, Any], folder: Path) -> dict[tuple[str, str], Any]:
     values: dict[tuple[str, str], Any] = {}
     for table, keys in document.items():
         if not isinstance(keys, dict):

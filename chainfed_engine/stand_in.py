@@ -1,28 +1,54 @@
 """The linear stand-in: an affine map from the hidden state at some depth to the final one, fitted in closed form.
 
-With it the one final head makes sense at every depth: local loss = head(stand_in(h)). A client sends what least
-squares needs and nothing else: the triangular factor R of [X | 1 | Y] = QR, whose R'R are the usual sums X'X, X'Y.
-Factors of several clients are merged by stacking. NumPy only, so that the server can solve without torch.
+With it the one final head makes sense at every depth: local loss = head(stand_in(h)). A client sends the least-squares
+factor of its rows (`least_squares.py`); the server merges and solves. NumPy only. Source: our own.
 
-The penalty is chosen by generalised cross-validation over the rows themselves, which the factor allows exactly.
-Source: our own; ordinary ridge regression, Golub, Heath and Wahba 1979 for the penalty.
+Where nothing but a linear classifier follows the final hidden state, a classifier that is not trained below the top and
+the stand-in are one affine map to C logits: that is all a client needs there, C x D numbers instead of D x D.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from chainfed_engine import least_squares
 from chainfed_engine.errors import InconsistentUpdates
-from chainfed_engine.types import Arrays, stand_in_key
+from chainfed_engine.types import Arrays, classifier_key, stand_in_key
 
 Matrix = np.ndarray[Any, Any]
-RIDGES = tuple(10.0**exponent for exponent in np.arange(-4.0, 1.51, 0.25))  # tried by cross-validation
+ENCODERS = ("bert", "roberta", "distilbert")  # no norm between the last layer and the head
+BATCHES = 16  # of all clients together; a map of D x D numbers wants as many rows as it can get
+_GROUP_BYTES = 32 << 20  # float32 statistics of one exchange
+_ROW_BYTES = 64 << 20  # float32 rows of all clients together, for one depth
+_LARGE_BYTES = 8 << 20  # of one array of a map
+KEY_PREFIX = stand_in_key(0, "").split("0")[0]
+_SQUARED_WIDTH_ROWS = 1 << 34  # rows times D squared: bounds the solution of wide models, two factors [rows, D]
+
+
+def depths_at_once(hidden_size: int) -> int:
+    """How many depths' statistics one exchange may carry: 6 for D = 576, one for D = 4096."""
+    return int(max(1, _GROUP_BYTES // (4 * (2 * hidden_size + 1) ** 2)))
+
+
+def rows_in_all(hidden_size: int) -> int:
+    """How many rows all clients together may give for one depth: 14551 for D = 576, 1024 for D = 4096."""
+    return max(1, min(_ROW_BYTES // (4 * (2 * hidden_size + 1)), _SQUARED_WIDTH_ROWS // hidden_size**2))
+
+
+def large_depths(arrays: Mapping[str, Matrix]) -> set[int]:
+    """Depths whose map is too large to be kept beside another's (D of about 1500 and more): server and clients hold one
+    such map at a time, and it is fitted anew when its window comes round again."""
+    return {int(key.split(".")[1]) for key, array in arrays.items() if is_large(key, array.nbytes)}
+
+
+def is_large(key: str, num_bytes: int) -> bool:
+    return key.startswith(KEY_PREFIX) and num_bytes >= _LARGE_BYTES
 
 
 def statistics(depth: int, x: Matrix, y: Matrix) -> Arrays:
     """Least-squares factor of rows x [n, D] -> y [n, D]: float32 [min(n, 2D + 1), 2D + 1] under one key."""
-    rows = np.concatenate([x, np.ones((len(x), 1), x.dtype), y], axis=1, dtype=np.float64)
-    return {stand_in_key(depth, "factor"): _reduce(rows).astype(np.float32)}
+    return {stand_in_key(depth, "factor"): least_squares.factor(x, y).astype(np.float32, copy=False)}
 
 
 def merge(parts: list[Arrays]) -> Arrays:
@@ -35,7 +61,7 @@ def merge(parts: list[Arrays]) -> Arrays:
         widths = {factor.shape[1:] for factor in factors}
         if len(factors) != len(parts) or len(widths) != 1:
             raise InconsistentUpdates(f"stand-in statistics: {key} differs between clients: shapes {sorted(widths)}")
-    return {key: _reduce(np.concatenate(factors, axis=0)) for key, factors in merged.items()}
+    return {key: least_squares.merge(factors) for key, factors in merged.items()}
 
 
 def solve(sums: Arrays, *, ridge: float | None = None) -> Arrays:
@@ -45,45 +71,38 @@ def solve(sums: Arrays, *, ridge: float | None = None) -> Arrays:
     solved: Arrays = {}
     for key, factor in sums.items():
         depth = int(key.split(".")[1])
-        for name, value in _solve_one(factor.astype(np.float64), ridge).items():
+        for name, value in _solve_one(factor, ridge).items():
             solved[stand_in_key(depth, name)] = np.ascontiguousarray(value, dtype=np.float32)
     return solved
 
 
-def _reduce(rows: Matrix) -> Matrix:
-    if len(rows) <= rows.shape[1]:
-        return rows
-    return np.asarray(np.linalg.qr(rows, mode="r"))
+def is_linear_readout(architecture: str, parameters: Iterable[str]) -> bool:
+    """Whether the classifier among these parameter names is one linear map of the pooled final hidden state."""
+    names = set(parameters)
+    return (
+        architecture in ENCODERS
+        and classifier_key("out_weight") in names
+        and classifier_key("transform_weight") not in names
+    )
+
+
+def with_classifier(solved: Arrays, depth: int, out_weight: Matrix, out_bias: Matrix) -> Arrays:
+    """Stand-in at `depth` and classifier [C, D], [C] as one map: `logit_weight` float32 [C, D], `logit_bias` [C]."""
+    if stand_in_key(depth, "weight") in solved:
+        weight = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "weight")]
+    else:
+        thin = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "out_weight")]
+        weight = thin @ solved[stand_in_key(depth, "in_weight")]
+    bias = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "bias")] + out_bias
+    return {
+        stand_in_key(depth, "logit_weight"): np.ascontiguousarray(weight, dtype=np.float32),
+        stand_in_key(depth, "logit_bias"): np.ascontiguousarray(bias, dtype=np.float32),
+    }
 
 
 def _solve_one(factor: Matrix, ridge: float | None) -> Arrays:
     width = (factor.shape[1] - 1) // 2
-    ones = factor[:, width : width + 1]  # a rotation of the column of ones: centring works in any rotation
-    count = float((ones**2).sum())
-    mean = (ones.T @ factor) / count
-    centred = factor - ones @ mean
-    x, y = centred[:, :width], centred[:, width + 1 :]
-    mean_x, mean_y = mean[0, :width], mean[0, width + 1 :]
-    left, sizes, right = np.linalg.svd(x, full_matrices=False)
-    energy = sizes**2
-    scale = max(float(energy.sum()) / width, 1e-12)
-    projected = left.T @ y
-    if ridge is None:
-        ridge = _cross_validated(energy / scale, projected, float((y**2).sum()), count)
-    shrunk = (sizes / (energy + ridge * scale))[:, None] * projected  # [r, D]
-    bias = mean_y - (mean_x @ right.T) @ shrunk
-    if 2 * len(sizes) < width:
-        return {"in_weight": right, "out_weight": shrunk.T, "bias": bias}
-    return {"weight": (right.T @ shrunk).T, "bias": bias}
-
-
-def _cross_validated(energy: Matrix, projected: Matrix, total: float, count: float) -> float:
-    """The penalty of RIDGES with the least GCV score: residual / (rows - effective parameters)^2."""
-    power = (projected**2).sum(axis=1)
-    scores = []
-    for ridge in RIDGES:
-        kept = energy / (energy + ridge)
-        residual = total - float(((2.0 - kept) * kept * power).sum())
-        freedom = max(count - 1.0 - float(kept.sum()), 1e-9)
-        scores.append(residual / freedom**2)
-    return float(RIDGES[int(np.argmin(scores))])
+    fitted = least_squares.solve(factor, width, ridge=ridge)
+    if 2 * len(fitted.in_weight) < width:
+        return {"in_weight": fitted.in_weight, "out_weight": fitted.out_weight, "bias": fitted.bias}
+    return {"weight": fitted.weight, "bias": fitted.bias}

@@ -24,8 +24,17 @@ class TrainedWindow(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.recompute = window, recompute
+        # Where the ring has slots to spare the window's layers stay in them: the head's shards would evict them twice
+        # a step.
+        self._pins = model.store.pin_layers(window.layers)
         self.layers = [model.layer(index) for index in window.layers]
         self.adapters = nn.ModuleList([adapters[index] for index in window.layers])
+
+    def close(self) -> None:
+        """Let the ring have the layers' slots."""
+        for pin in self._pins:
+            pin.release()
+        self._pins = []
 
     def forward(self, hidden: Tensor, context: Any) -> Tensor:
         for layer, adapter in zip(self.layers, self.adapters, strict=True):

@@ -5,6 +5,7 @@ Each imports what it needs when it runs.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from chainfed_engine.sizes import format_size
@@ -45,7 +46,7 @@ def synth(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     from chainfed_engine import api
 
-    names = ("budget", "task", "sequence_length", "batch_size", "window")
+    names = ("budget", "task", "sequence_length", "batch_size", "window", "device")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     prediction = api.plan(options.store, **given)
     print(json.dumps(prediction.to_json(), indent=2) if options.json else prediction.table())
@@ -53,29 +54,63 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from chainfed_engine.cli.progress import RunProgress
+    from chainfed_engine.callbacks import Progress
     from chainfed_engine.config_file import load_config
 
-    config = load_config(options.config, options.overrides)
+    device = [] if options.device is None else [f"train.device={options.device}"]
+    config = load_config(options.config, [*options.overrides, *device])
     out = Path(options.out)
-    with RunProgress(budget_bytes=config.chain.budget) as progress:
+    with Progress(budget_bytes=config.chain.budget) as progress:
         progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
-        api.run(config, out, resume=options.resume, on_event=progress)
+        api.run(config, out, resume=options.resume, callbacks=[progress])
     print(f"{out}: {progress.summary()}")
     return 0
+
+
+def study(options: argparse.Namespace) -> int:
+    from chainfed_engine.study import load_study, run_study
+
+    definition = load_study(options.config, options.overrides)
+    out = Path(options.out)
+    failed = run_study(definition, out, jobs=options.jobs, only_summary=options.summary, report=_say)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    if failed:
+        _say(
+            f"chainfed: {failed} of the runs failed; their logs are in {out / 'logs'}, the next start tries them again"
+        )
+    return 2 if failed else 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     from chainfed_engine import api
 
-    scores = api.evaluate(Path(options.run), Path(options.data))
+    scores = api.evaluate(Path(options.run), Path(options.data), device=options.device)
     if options.json:
         print(json.dumps(scores))
     else:
         shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in scores.values())
         print("  ".join(f"{name} {value}" for name, value in zip(scores, shown, strict=True)))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from chainfed_engine.cli.progress import byte_progress
+    from chainfed_engine.exports import export as export_run
+
+    with byte_progress("export") as progress:
+        done = export_run(
+            options.run, options.out, options.to, base=options.base, dtype=options.dtype, progress=progress
+        )
+    print("\n".join([f"{done.path}: {_path_size(done.path)}, {options.to}", *done.notes]))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from chainfed_engine.report import write_report
+
+    print(write_report(options.runs, options.out))
     return 0
 
 
@@ -85,6 +120,14 @@ def doctor(options: argparse.Namespace) -> int:
     report = examine(disk=options.disk)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["verdict"]["ok"] else 2
+
+
+def _path_size(path: Path) -> str:
+    return _folder_size(str(path)) if path.is_dir() else format_size(path.stat().st_size)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _folder_size(folder: str) -> str:

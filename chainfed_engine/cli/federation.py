@@ -49,7 +49,7 @@ def make_keys(options: argparse.Namespace) -> int:
 
 
 def serve_run(options: argparse.Namespace) -> int:
-    from chainfed_engine.cli.progress import RunProgress
+    from chainfed_engine.callbacks import Progress
     from chainfed_engine.config_file import load_config
     from chainfed_engine.federation.flower_server import FlowerServer, ServeOptions
 
@@ -66,12 +66,12 @@ def serve_run(options: argparse.Namespace) -> int:
         resume=options.resume,
         meet_seconds=options.meet_seconds,
     )
-    rounds = load_config(options.config).chain.rounds
-    with RunProgress() as progress, FlowerServer(given) as server:
+    config = load_config(options.config).chain
+    with Progress(budget_bytes=config.budget) as progress, FlowerServer(given) as server:
         progress({"event": "phase", "name": "starting Flower"})
         server.start()
         progress({"event": "phase", "name": f"waiting for {', '.join(options.sites)}"})
-        server.watch(on_event=lambda event: progress({"rounds": rounds, **event}))
+        server.watch(on_event=lambda event: progress({"rounds": config.rounds, **event}))
         print(f"{out}: {progress.summary()}")
     return 0
 

@@ -89,6 +89,7 @@ def _add_store_commands(subparsers: "argparse._SubParsersAction[argparse.Argumen
     plan.add_argument("--sequence-length", type=_positive, metavar="TOKENS")
     plan.add_argument("--batch-size", type=_positive, metavar="SEQUENCES")
     plan.add_argument("--window", type=_positive, metavar="LAYERS")
+    _add_device(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(command=commands.plan)
 
@@ -106,13 +107,54 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
         metavar="TABLE.KEY=VALUE",
         help="override the file, for example --set data.train=PATH (may be given again)",
     )
+    _add_device(run)
     run.set_defaults(command=commands.run)
+
+    study = subparsers.add_parser("study", help="methods x data x partitions x seeds: a run each, tables and curves")
+    study.add_argument("config", metavar="STUDY.toml")
+    study.add_argument("--out", required=True, metavar="DIR", help="folder of the study; finished runs are kept there")
+    study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    study.add_argument("--summary", action="store_true", help="run nothing: tables and page of what is finished")
+    study.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="TABLE.KEY=VALUE",
+        help="override the file, for example --set data.ag_news.train=PATH (may be given again)",
+    )
+    study.set_defaults(command=commands.study)
 
     evaluate = subparsers.add_parser("eval", help="accuracy or token loss of a run, under the same budget")
     evaluate.add_argument("run", metavar="DIR", help="run directory")
     evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)
+
+    export = subparsers.add_parser("export", help="a LoRA run for other tools: PEFT, llama.cpp, or merged weights")
+    export.add_argument("run", metavar="DIR", help="run directory")
+    export.add_argument("out", metavar="OUT", help="folder to write (gguf: file)")
+    export.add_argument("--to", required=True, choices=("peft", "gguf", "merged"))
+    export.add_argument(
+        "--base", metavar="PATH", help="the original checkpoint (folder, hub id or .gguf), for exact merged weights"
+    )
+    export.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "f32", "bf16", "f16"),
+        help="of merged weights (default: the model's)",
+    )
+    export.set_defaults(command=commands.export)
+
+    report = subparsers.add_parser("report", help="one HTML page with the plots of a run, or comparing several")
+    report.add_argument("runs", metavar="DIR", nargs="+", help="run directory; several are compared")
+    report.add_argument("--out", metavar="FILE", help="page to write (default: report.html in DIR; for several, here)")
+    report.set_defaults(command=commands.report)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: [train] device)")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

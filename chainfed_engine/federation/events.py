@@ -1,28 +1,42 @@
 """The lines of metrics.jsonl, made of what happened. In: summaries and measurements; out: flat JSON-able dicts.
 
 Every event carries `round`: the number (from 0) of the round it belongs to or follows, -1 before the first.
+`plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
 over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
+<<<<<<< HEAD
 rounds came and were dropped; `epsilon`, of a private run, what it has spent so far. `profile`: CKA scores and start
 layer. `memory`: peak figures after an exchange.
 `resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
+=======
+rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
+`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
+that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
+text or null).
+>>>>>>> main
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from chainfed_engine.memory.plan import Plan
 from chainfed_engine.server import Summary
 
 Event = dict[str, Any]
 _SECONDS = "_seconds"
 
 
+<<<<<<< HEAD
 def exchange_event(
     summary: Summary, *, rounds: int, seconds: Mapping[str, float], epsilon: float | None = None
 ) -> Event:
+=======
+def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float], cpu_seconds: float) -> Event:
+>>>>>>> main
     """`round` or `profile`. `bytes_sent`: arrays carried, both ways; `seconds`: parts measured by clients (`prepare`,
-    `train`; summed over them) and here (`transport`, which includes them, and `server`)."""
+    `train`; summed over them) and here (`transport`, which includes them, and `server`). `cpu_seconds`: of all threads
+    of this process during the exchange."""
     totals = {name: value for name, value in summary.totals.items() if not name.endswith(_SECONDS)}
     parts = {name.removesuffix(_SECONDS): s for name, s in summary.totals.items() if name.endswith(_SECONDS)}
     if summary.kind == "profile":
@@ -48,6 +62,19 @@ def exchange_event(
         "bytes_up": summary.bytes_up,
         **totals,
         "seconds": {name: round(value, 6) for name, value in {**parts, **seconds}.items()},
+        "cpu_seconds": round(cpu_seconds, 6),
+    }
+
+
+def plan_event(plan: Plan) -> Event:
+    """`plan`: `predicted_peak_bytes` and its `parts`, bytes by name; `budget` null where there is none; `choices`."""
+    return {
+        "event": "plan",
+        "round": -1,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "budget": plan.budget,
+        "parts": dict(plan.parts),
+        "choices": dict(vars(plan.choices)),
     }
 
 

@@ -4,7 +4,8 @@ In: a `RunConfig` and tables; out: encoded data, a plan, the label file of a run
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chainfed_engine import data
@@ -13,22 +14,48 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import CorruptFile, DataError, StorageError
 from chainfed_engine.federation.files import write_text
 from chainfed_engine.federation.session import plan_for
+from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 
 LABELS_FILE = "labels.json"
-BYTES_A_TOKEN = 8  # int32 ids, and labels of a causal LM
 
 
-def plan_run(config: RunConfig, parts: Sequence[EncodedData]) -> Plan:
+def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
     """The run's plan, its samples counted in; nothing is written or allocated before it."""
-    num_bytes = BYTES_A_TOKEN * sum(part.num_tokens for part in parts)
-    return plan_for(StoreInfo.read(config.store), config.chain, config.data.task, data_bytes=num_bytes)
+    parts = [*clients.values(), *([evaluation] if evaluation is not None else [])]
+    chain, largest = config.chain, max((part.num_tokens for part in parts), default=0)
+    if chain.max_local_steps:
+        largest = min(largest, chain.max_local_steps * chain.batch_size * chain.sequence_length)
+    facts = DataFacts(
+        longest_tokens=max((len(ids) for part in parts for ids in part.input_ids), default=None),
+        most_targets=max((part.most_targets for part in parts), default=None),
+        largest_client_samples=max((len(part) for part in clients.values()), default=0),
+        num_clients=len(clients) or None,
+    )
+    info = StoreInfo.read(config.store)
+    return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
+
+
+def complete(config: RunConfig, table: Table) -> Table:
+    """The rows without a blank in a column that the run reads; a warning says how many were left out. With
+    `missing` "error" the table as it is, for encoding names the first such row."""
+    if config.data.missing == "error":
+        return table
+    names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
+    kept = table.without_blanks([name for name in names if name is not None])
+    if len(kept) < len(table):
+        warnings.warn(
+            f"{table.source}: {len(table) - len(kept)} of {len(table)} rows lack a value and are left out", stacklevel=2
+        )
+    return kept
 
 
 def encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: Sequence[str] | None) -> EncodedData:
     """The table's rows as the run's task wants them; `labels` None: those of the table."""
     length = config.chain.sequence_length
+    if config.data.messages is not None:
+        return data.encode_messages(table, tokenizer, messages=config.data.messages, max_length=length)
     if config.data.response is not None:
         return data.encode_causal(
             table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length

@@ -79,13 +79,7 @@ def _stage_record(stage: Stage | None) -> dict[str, Any] | None:
         return None
     window = stage.window
     picked = None if window.picked is None else list(window.picked)
-    return {
-        "kind": stage.kind,
-        "start": window.start,
-        "stop": window.stop,
-        "picked": picked,
-        "sweep": stage.sweep,
-    }
+    return {"kind": stage.kind, "start": window.start, "stop": window.stop, "picked": picked, "sweep": stage.sweep}
 
 
 def _stage(record: object) -> Stage | None:
@@ -98,13 +92,19 @@ def _stage(record: object) -> Stage | None:
     start, stop = (_whole(fields[name], f"stage {name}", _MAX_LAYER) for name in ("start", "stop"))
     if start > stop:
         raise CorruptFile(f"message: expected a window from below to above, got {start} to {stop}")
-    picked = fields["picked"]
-    if picked is not None:
-        within = isinstance(picked, list) and all(type(layer) is int and start <= layer < stop for layer in picked)
-        if not within or sorted(set(picked)) != picked:
-            raise CorruptFile(f"message: expected layers of the stage from {start} to {stop}, got {picked!r:.100}")
-        picked = tuple(picked)
-    return Stage(kind, Window(start, stop, picked), _whole(fields["sweep"], "stage sweep", 2**53))
+    return Stage(
+        kind, Window(start, stop, _picked(fields["picked"], start, stop)), _whole(fields["sweep"], "stage sweep", 2**53)
+    )
+
+
+def _picked(layers: object, start: int, stop: int) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if not isinstance(layers, list) or not all(type(layer) is int and start <= layer < stop for layer in layers):
+        raise CorruptFile(f"message: stage picked: expected layers {start} to {stop - 1}, got {layers!r:.100}")
+    if layers != sorted(set(layers)):
+        raise CorruptFile(f"message: stage picked: expected layers in ascending order, each once, got {layers!r:.100}")
+    return tuple(layers)
 
 
 def _fields(record: object, what: str, names: set[str]) -> Mapping[str, Any]:

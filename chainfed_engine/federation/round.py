@@ -27,7 +27,7 @@ def run_rounds(
 ) -> None:
     """Exchange by exchange until the server is done. A kill at any point loses at most the reply it fell in."""
     while not server.done:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         tasks = server.next_tasks()
         journal = directory.journal(tasks)
         replies = Timed(chain(journal.received(), journal.keep(transport.exchange(journal.missing))))
@@ -35,8 +35,13 @@ def run_rounds(
         server.forget(journal.answered)  # what they hold was sent by a server that is gone
         server_seconds = time.perf_counter() - started - replies.seconds
         seconds = {"transport": replies.seconds, "server": server_seconds}
+<<<<<<< HEAD
         spent = epsilon(server.config, num_clients=len(server.client_samples), rounds=server.round_id)
         emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, epsilon=spent))
+=======
+        cpu_seconds = time.process_time() - cpu_started
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds))
+>>>>>>> main
         directory.save(server.state())
         after_exchange(summary)
 

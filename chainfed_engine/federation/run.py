@@ -50,7 +50,8 @@ def fit(
     """Run `server` (fresh, of the run's own configuration) to its end.
 
     `evaluator` scores the whole model every `eval_every` rounds and at the end (None: never). `on_event` sees every
-    line of metrics.jsonl as it is written, and `phase` and `step` events (one a profile) for a progress bar.
+    line of metrics.jsonl as it is written, and `phase` (an exchange or an evaluation begins) and `step` events (one a
+    reply) for a progress bar.
     `measure_memory`: the figures of a `memory` event. `held`: what clients say they kept of an earlier run.
     """
     if server.config.dp_noise:
@@ -154,17 +155,19 @@ class _Run:
 
 
 class _Watched:
-    """A transport that tells of each profile as it comes, so that a long pass shows that it moves."""
+    """A transport that tells of each reply as it comes, so that a long exchange shows that it moves."""
 
     def __init__(self, transport: Transport, notify: Callable[[Event], None]) -> None:
         self._transport = transport
         self._notify = notify
 
     def exchange(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        profiles = any(task.kind == "profile" for task in tasks)
-        if profiles:
-            self._notify({"event": "phase", "name": "profile", "total": len(tasks)})
-        for reply in self._transport.exchange(tasks):
-            if profiles:  # rounds count themselves
-                self._notify({"event": "step"})
+        phase: Event = {"event": "phase", "total": len(tasks)}
+        for task in tasks[:1]:
+            phase |= {"name": task.kind, "round": task.round_id}
+            if task.stage is not None:
+                phase["window"] = [task.stage.window.start, task.stage.window.stop]
+            self._notify(phase)
+        for done, reply in enumerate(self._transport.exchange(tasks), start=1):
+            self._notify({"event": "step", "done": done, "total": len(tasks)})
             yield reply

@@ -16,14 +16,18 @@ from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
+from chainfed_engine.federation.events import plan_event
 from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
-from chainfed_engine.memory.plan import Plan, Request, StoreSizes, make_plan
+from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, peak_device_bytes
+from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
+from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.server import Server
 from chainfed_engine.server.plan import Plan as RoundPlan
@@ -33,16 +37,20 @@ from chainfed_engine.types import TaskKind
 Event = Mapping[str, Any]
 
 
-def plan_for(info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0) -> Plan:
-    """The plan of a run with this store on this process. Raises MemoryBudgetExceeded, and ConfigError for choices that
-    this model cannot keep."""
+def plan_for(
+    info: StoreInfo, config: ChainConfig, task: TaskKind, *, data_bytes: int = 0, facts: DataFacts | None = None
+) -> Plan:
+    """The plan of a run with this store on this process. `data_bytes`: a client's batches; `facts`: of the samples,
+    where they are known. Raises MemoryBudgetExceeded, and ConfigError for choices that this model cannot keep."""
     import chainfed_engine.model.families as families
     from chainfed_engine.memory.meter import rss_bytes
 
     check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
-    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes)
-    return make_plan(request)
+    place = find_place(config.device)
+    device = DeviceFacts(str(place.torch_device), place.is_unified) if place.is_cuda else None
+    facts = facts or DataFacts()
+    return make_plan(Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes, facts, device))
 
 
 def check_choices(info: StoreInfo, config: ChainConfig, task: TaskKind) -> None:
@@ -76,7 +84,7 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     choices = plan.choices
     native.set_num_threads(torch.get_num_threads())
     return trainer_class(config.method)(
-        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True)),
+        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True, place=find_place(config.device))),
         config,
         task=task,
         num_labels=num_labels,
@@ -109,8 +117,9 @@ class Session:
         self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
         self.store = self.trainer.model.store
         base = self.store.fingerprint
+        self._cache = out / "cache"
         members = [
-            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id, base=base)
+            Client(name, data, self.trainer, cache_dir=self._cache / folder_name(name), pad_id=pad_id, base=base)
             for name, data in clients.items()
         ]
         self.transport = LocalTransport(members, patience=Patience.of(self.config))
@@ -128,15 +137,21 @@ class Session:
             if on_event is not None:
                 on_event({"rounds": self.config.rounds, **event})
 
-        return fit(
-            self.server,
-            self.transport,
-            self.evaluator,
-            directory,
-            on_event=emit,
-            resume=resume,
-            measure_memory=self._memory,
-        )
+        if not resume:
+            event = plan_event(self.plan)
+            directory.record(event)
+            emit(event)
+        device, plan = self.config.device, self.plan
+        with device_memory_errors(device, plan.predicted_peak_bytes, plan.smallest_budget_bytes):
+            return fit(
+                self.server,
+                self.transport,
+                self.evaluator,
+                directory,
+                on_event=emit,
+                resume=resume,
+                measure_memory=self._memory,
+            )
 
     def close(self) -> None:
         self.trainer.end()
@@ -149,15 +164,29 @@ class Session:
         self.close()
 
     def _memory(self) -> dict[str, int]:
-        from chainfed_engine.memory.meter import peak_rss_bytes
+        """Figures of a `memory` event, all since the process or the store's opening: the kernel's peak of the resident
+        set (and of the memory cgroup, where this process is alone in one), pages of our files in the page cache now,
+        bytes the store has read, time inside reads and time anyone waited for them."""
+        from chainfed_engine.memory.cgroup import MemoryGroup
+        from chainfed_engine.memory.meter import peak_rss_bytes, resident_file_bytes, rss_bytes
 
-        stats = self.store.stats()
-        return {
+        stats, group = self.store.stats(), MemoryGroup.of_this_process()
+        cached = resident_file_bytes([self.store.info.path, self._cache])
+        group_peak = None if group is None else group.peak_bytes()
+        figures = {
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "rss_bytes": rss_bytes(),
+            **({} if cached is None else {"page_cache_bytes": cached}),
+            **({} if group_peak is None else {"cgroup_peak_bytes": group_peak}),
+            "store_resident_bytes": stats["resident_bytes"],
             "bytes_read": stats["bytes_read"],
+            "read_ns": stats["read_ns"],
             "stall_ns": stats["stall_ns"],
         }
+        if self.store.place.index is not None:
+            figures["peak_device_bytes"] = peak_device_bytes(self.store.place.index)
+        return figures
 
 
 def folder_name(client: str) -> str:

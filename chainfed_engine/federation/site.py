@@ -21,7 +21,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import ChainfedError, ConfigError, CorruptFile, InvalidArgument, MemoryBudgetExceeded
 from chainfed_engine.federation import files
 from chainfed_engine.federation.codec import pack, unpack
-from chainfed_engine.federation.inputs import encode, plan_run
+from chainfed_engine.federation.inputs import complete, encode, plan_run
 from chainfed_engine.federation.messages import reply_record, task_from
 from chainfed_engine.federation.session import open_trainer
 from chainfed_engine.memory.plan import Plan
@@ -29,7 +29,7 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
-OWN_FIELDS = frozenset({"budget", "client_budgets"})
+OWN_FIELDS = frozenset({"budget", "client_budgets", "device"})
 _MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
 
 
@@ -52,7 +52,7 @@ class Site:
         self._info = StoreInfo.read(config.store)
         self._tokenizer = Tokenizer.load(config.store, self._info.config)
         wanted = [*config.data.columns]
-        self._table: Table = data.read_table(config.data.train, wanted)
+        self._table: Table = complete(config, data.read_table(config.data.train, wanted))
         self._setup: dict[str, Any] | None = None
         self._client: Client | None = None
         self._encoded: EncodedData | None = None
@@ -158,7 +158,7 @@ def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | 
     for window in range(wanted, 0, -1):
         chain = replace(config.chain, window=window)
         try:
-            plan = plan_run(replace(config, chain=chain), [encoded])
+            plan = plan_run(replace(config, chain=chain), {"site": encoded}, None)
         except MemoryBudgetExceeded:
             if window == 1 or config.chain.method != "chain":
                 raise

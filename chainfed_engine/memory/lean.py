@@ -12,11 +12,12 @@ from chainfed_engine.memory.meter import rss_bytes
 
 # mallopt parameters (glibc's malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# Blocks from this size on are mapped alone and leave with their free(). Activations lie below it: mapping and clearing
-# fresh pages for each of them took 30 % of a training run; what a phase leaves behind goes back by `trim`.
-_MMAP_THRESHOLD_BYTES = 32 << 20
+# Blocks from this size on are mapped alone and leave with their free(): what is resident is what is in use. Kept in the
+# heap, the holes between activations of ever other lengths grow from round to round, to three times what is in use.
+# Below it blocks stay in the heap: mapping and clearing fresh pages for every small one costs time (docs/LOG.md).
+_MMAP_THRESHOLD_BYTES = 1 << 20
 # Free memory at the top of the heap beyond this goes back at once.
-_TRIM_THRESHOLD_BYTES = 32 << 20
+_TRIM_THRESHOLD_BYTES = 8 << 20
 # Each arena keeps free blocks of its own; by default there are eight a core.
 _MAX_ARENAS = 2
 

@@ -1,114 +1,114 @@
-"""The planner: predicted peak memory from shapes, part by part, before anything is allocated.
+"""The planner: predicted peak memory part by part, before anything is allocated, and the choices that keep to a budget.
 
-Nothing here opens a weight file. Activation counts are floats a token that the library's layers keep (saved for the
-backward pass) or hold at once (live), counted from their modules; the peak is the largest phase on top of what is
-always there. Choices are searched from the fastest to the slowest and the first that fits the budget is taken; what the
-user fixed (window, batch, sequence length) is never changed. Source of the floor: kernels' memory formula
-R = base + max(fill, step).
+The peak is the largest phase (`parts.py`) on top of what is always there. Candidates are ordered by an estimate of
+their seconds a step; the fastest that fits is taken and says why each choice is as it is. What the user fixed (window,
+batch, sequence length) is never changed.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
+from chainfed_engine.memory.device import parts_on_device
+from chainfed_engine.memory.parts import (
+    BATCH_TOKEN_BYTES,
+    F32,
+    HEAP_BYTES,
+    MIB,
+    WORKING_BYTES,
+    Choices,
+    DataFacts,
+    Request,
+    StoreSizes,
+    branches,
+    fill_bytes,
+    profile_bytes,
+    saved_floats,
+    solve_bytes,
+    stand_in_bytes,
+    step_bytes,
+)
 from chainfed_engine.sizes import format_size
-from chainfed_engine.types import ModelShape, TaskKind
 
-F32 = 4
-MIB = 1 << 20
+__all__ = [
+    "Choices",
+    "DataFacts",
+    "Plan",
+    "Request",
+    "StoreSizes",
+    "make_plan",
+    "predict",
+    "saved_floats",
+    "smallest_plan",
+    "what_would_shrink",
+]
+
 STREAMED_FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)  # read each layer once for as many batches as this holds
 RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in the processor's caches
-SLACK_BYTES = 72 * MIB  # libraries at work (BLAS buffers, code paged in), allocator caches, Python objects of a run
-HEAP_BYTES = 32 * MIB  # free memory that the allocator may hold at the top of its heap; holes add a quarter (measured)
-HEAD_WORKSPACE_BYTES = 16 * MIB
-
-
-@dataclass(frozen=True)
-class StoreSizes:
-    """Bytes of a store's files by role; `slot_bytes` is the largest file that goes through the ring."""
-
-    layer_bytes: int
-    head_bytes: int
-    embedding_bytes: int
-    slot_bytes: int
-    num_layers: int
-    num_head_shards: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.layer_bytes + self.head_bytes + self.embedding_bytes
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the planner may decide. `num_slots` None: every file stays resident."""
-
-    num_slots: int | None
-    micro_batch: int
-    recompute: bool
-    cache_format: Literal["int8", "bf16", "f32"]
-    fill_bytes: int
+# Nominal rates for ordering candidates; a run's figures differ, their order seldom does.
+_FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
+_FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`predicted_peak_bytes` of resident memory; `parts` add up to it; `choices` are what the run will use."""
+    """`predicted_peak_bytes` of resident memory; `parts` add up to it; `choices` are what the run will use.
+
+    `reasons`: why each choice is as it is, by its name. For a run on a CUDA device with memory of its own the peak is
+    that memory's, and `facts` hold `predicted_host_bytes` beside it.
+    """
 
     predicted_peak_bytes: int
     parts: Mapping[str, int]
     choices: Choices
     budget: int | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    smallest_budget_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "predicted_peak_bytes": self.predicted_peak_bytes,
             "budget": self.budget,
+            "smallest_budget_bytes": self.smallest_budget_bytes,
             "parts": dict(self.parts),
             "choices": dict(vars(self.choices)),
+            "reasons": dict(self.reasons),
             **self.facts,
         }
 
     def table(self) -> str:
-        width = max(len(name) for name in self.parts)
-        lines = [f"{name:<{width}}  {format_size(size):>12}" for name, size in self.parts.items()]
-        lines.append(f"{'predicted peak':<{width}}  {format_size(self.predicted_peak_bytes):>12}")
+        rows = dict(self.parts) | {"predicted peak": self.predicted_peak_bytes}
         if self.budget is not None:
-            lines.append(f"{'budget':<{width}}  {format_size(self.budget):>12}")
-        lines += [f"{name}: {value}" for name, value in vars(self.choices).items()]
+            rows["budget"] = self.budget
+        if self.smallest_budget_bytes:
+            rows["smallest budget that would do"] = self.smallest_budget_bytes
+        width = max(len(name) for name in rows)
+        lines = [f"{name:<{width}}  {format_size(size):>12}" for name, size in rows.items()]
+        for name, value in vars(self.choices).items():
+            lines.append(f"{name}: {value}" + (f" ({self.reasons[name]})" if name in self.reasons else ""))
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned: `interpreter_bytes` is the process before a model is opened, measured by the caller."""
-
-    shape: ModelShape
-    sizes: StoreSizes
-    config: ChainConfig
-    task: TaskKind
-    interpreter_bytes: int
-    data_bytes: int = 0
 
 
 def make_plan(request: Request) -> Plan:
     """The fastest choices within the budget. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
     budget = request.config.budget
-    smallest: Plan | None = None
-    for choices in _from_fastest(request):
-        plan = predict(request, choices)
+    ordered = sorted(_candidates(request), key=lambda choices: step_seconds(request, choices))
+    plans = [predict(request, choices) for choices in ordered]
+    smallest = min(plans, key=lambda plan: plan.predicted_peak_bytes)
+    for plan in plans:
         if budget is None or plan.predicted_peak_bytes <= budget:
-            return plan
-        if smallest is None or plan.predicted_peak_bytes < smallest.predicted_peak_bytes:
-            smallest = plan
-    assert smallest is not None and budget is not None
+            return replace(
+                plan, reasons=_reasons(request, plan, plans), smallest_budget_bytes=smallest.predicted_peak_bytes
+            )
+    assert budget is not None
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
+    savings = what_would_shrink(request)
     raise MemoryBudgetExceeded(
-        f"budget {format_size(budget)}: the smallest that would do is {format_size(smallest.predicted_peak_bytes)} "
-        f"({largest} takes {format_size(smallest.parts[largest])}); raise [memory] budget or lower [train] "
-        "sequence_length, batch_size, [chain] window or adapter_size"
+        f"budget {format_size(budget)}: the smallest that would do is {smallest.predicted_peak_bytes} bytes "
+        f"({format_size(smallest.predicted_peak_bytes)}; {largest} takes {format_size(smallest.parts[largest])}); "
+        f"raise [memory] budget" + ("" if not savings else f" or shrink it: {'; '.join(savings)}")
     )
 
 
@@ -116,33 +116,121 @@ def predict(request: Request, choices: Choices) -> Plan:
     """Predicted peak of the given choices."""
     parts = {"interpreter with torch": request.interpreter_bytes, **_weights(request, choices)}
     parts["adapters and optimizer"] = _adapter_bytes(request)
-    phases = {"window step": _step_bytes(request, choices), "prefix fill": _fill_bytes(request, choices)}
+    parts["stand-ins"] = stand_in_bytes(request)
+    phases = {
+        "window step": step_bytes(request, choices),
+        "prefix fill": fill_bytes(request, choices),
+        "profile": profile_bytes(request),
+        "fitting stand-ins": solve_bytes(request),
+    }
     highest = max(phases, key=lambda name: phases[name])
-    parts[f"activations ({highest})"] = phases[highest]
-    parts["data"] = request.data_bytes
-    parts["slack"] = SLACK_BYTES
-    return Plan(sum(parts.values()), parts, choices, request.config.budget)
+    parts[f"largest phase ({highest})"] = phases[highest]
+    parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
+    parts["libraries at work"] = WORKING_BYTES
+    parts["heap"] = HEAP_BYTES + phases[highest] // 32
+    facts: dict[str, Any] = {}
+    if request.device is not None:
+        parts, host_bytes = parts_on_device(request, choices, parts)
+        facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
+    return Plan(sum(parts.values()), parts, choices, request.config.budget, facts)
 
 
-def _from_fastest(request: Request) -> Iterator[Choices]:
-    config = request.config
-    formats: dict[str, tuple[Literal["int8", "bf16", "f32"], ...]] = {
-        "auto": ("int8",), "int8": ("int8",), "bf16": ("bf16",), "f32": ("f32",)
-    }  # fmt: skip
-    cache_format = formats[config.cache_format][0]
+def step_seconds(request: Request, choices: Choices) -> float:
+    """Nominal time of one optimizer step and its share of the prefix, for ordering candidates."""
+    shape, config, layers = request.shape, request.config, max(request.window_layers, 1)
+    weights = request.sizes.layer_bytes / max(request.sizes.num_layers, 1)
+    flops = request.batch_tokens * layers * weights * 2 * (4 + 2 * int(choices.recompute))
+    rows = config.batch_size * request.targets * branches(request) if request.task == "causal-lm" else 0
+    flops += 4.0 * rows * shape.hidden_size * shape.vocab_size
+    parts = -(-config.batch_size // choices.micro_batch)
+    overhead = 0.02 * parts  # a smaller product is a slower one, and every part pays its calls
+    read = 0.0
+    if choices.num_slots is not None:
+        pinned = choices.num_slots >= layers + _FREE_SLOTS
+        read += parts * (request.sizes.head_bytes * (rows > 0) + (0 if pinned else 2 * layers * weights))
+        tokens_held = max(choices.fill_bytes / (F32 * shape.hidden_size), request.batch_tokens)
+        read += request.sizes.layer_bytes * request.batch_tokens / tokens_held
+        if choices.num_slots == 1:  # nothing is read ahead
+            return (flops / _FLOPS_A_SECOND + read / _BYTES_A_SECOND) + overhead
+    return max(flops / _FLOPS_A_SECOND, read / _BYTES_A_SECOND) + overhead + 0.1 * read / _BYTES_A_SECOND
+
+
+def smallest_plan(request: Request) -> Plan:
+    """The leanest choices, whatever the budget."""
+    return min(
+        (predict(request, choices) for choices in _candidates(request)), key=lambda plan: plan.predicted_peak_bytes
+    )
+
+
+def what_would_shrink(request: Request) -> list[str]:
+    """What the user could change and how many bytes less the leanest choices would then take, largest first."""
+    config, now = request.config, smallest_plan(request).predicted_peak_bytes
+    trials: dict[str, dict[str, Any]] = {
+        "[train] sequence_length": {"sequence_length": max(2, config.sequence_length // 2)},
+        "[train] batch_size": {"batch_size": max(1, config.batch_size // 2)},
+        "[chain] window": {"window": max(1, config.window // 2)},
+        "[chain] adapter_size": {"adapter_size": max(1, config.adapter_size // 2)},
+        "[chain] stand_in": {"stand_in": False},
+    }
+    saved: list[tuple[int, str]] = []
+    for name, change in trials.items():
+        less = now - smallest_plan(replace(request, config=replace(config, **change))).predicted_peak_bytes
+        value = next(iter(change.values()))
+        if less >= MIB and getattr(config, next(iter(change))) != value:
+            saved.append((less, f"{name} = {str(value).lower()} saves {format_size(less)}"))
+    return [text for _, text in sorted(saved, reverse=True)]
+
+
+def _candidates(request: Request) -> Iterator[Choices]:
+    config, sizes = request.config, request.sizes
+    cache_format: Literal["int8", "bf16", "f32"] = "int8" if config.cache_format == "auto" else config.cache_format
     micro_batches = [config.batch_size]
     while micro_batches[-1] > 1:
         micro_batches.append((micro_batches[-1] + 1) // 2)
-    trained = _window_layers(config, request.shape.num_layers)
     slots: list[int | None] = [None]
-    slots += [
-        count for count in (trained + 2, 3, 2) if count < request.sizes.num_layers + request.sizes.num_head_shards
-    ]
+    wanted = (request.window_layers + _FREE_SLOTS, 3, 2, 1)
+    slots += [count for count in dict.fromkeys(wanted) if count < sizes.num_layers + sizes.num_head_shards]
     for num_slots in slots:
-        for recompute in (False, True):
+        for recompute in (False, True) if request.window_layers > 1 else (False,):
             for micro_batch in micro_batches:
-                for fill_bytes in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
-                    yield Choices(num_slots, micro_batch, recompute, cache_format, fill_bytes)
+                for held in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
+                    yield Choices(num_slots, micro_batch, recompute, cache_format, held)
+
+
+def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str]:
+    """Why each choice is as it is: for what was given up, the peak that the alternative would have had."""
+    choices = chosen.choices
+
+    def peak_with(**change: Any) -> str:
+        other = replace(choices, **change)
+        if other.num_slots is None:
+            other = replace(other, fill_bytes=RESIDENT_FILL_BYTES[0])
+        return format_size(predict(request, other).predicted_peak_bytes)
+
+    reasons = {
+        "cache_format": "the smallest; its error is below that of the 4-bit layers"
+        if request.config.cache_format == "auto"
+        else "as given in [memory] cache_format"
+    }
+    if choices.num_slots is None:
+        reasons["num_slots"] = "all layers and the head stay in memory: they fit"
+    else:
+        pinned = choices.num_slots >= request.window_layers + _FREE_SLOTS
+        kept = "the window's stay, two more stream" if pinned else "all stream"
+        kept = "each is read when it is needed" if choices.num_slots == 1 else kept
+        reasons["num_slots"] = f"{kept}; all in memory would peak at {peak_with(num_slots=None)}"
+    whole = request.config.batch_size
+    if choices.micro_batch < whole:
+        larger = peak_with(micro_batch=min(whole, 2 * choices.micro_batch))
+        reasons["micro_batch"] = f"a step of {whole} in parts; the next larger would peak at {larger}"
+    else:
+        reasons["micro_batch"] = "the whole batch at once fits"
+    if choices.recompute:
+        reasons["recompute"] = f"layers run again in backward; without, the peak would be {peak_with(recompute=False)}"
+    else:
+        reasons["recompute"] = "activations fit; nothing runs twice"
+    reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
+    return reasons
 
 
 def _weights(request: Request, choices: Choices) -> dict[str, int]:
@@ -152,73 +240,13 @@ def _weights(request: Request, choices: Choices) -> dict[str, int]:
     return {"layer slots": choices.num_slots * sizes.slot_bytes}
 
 
-def _window_layers(config: ChainConfig, num_layers: int) -> int:
-    """Layers that a step runs with an adapter each."""
-    if config.method == "fedra":
-        return min(config.random_layers or -(-num_layers // 2), num_layers)
-    if config.method in END_TO_END:
-        return num_layers
-    return 0 if config.method in ("linear-probe", "none") else min(config.window, num_layers)
-
-
 def _adapter_bytes(request: Request) -> int:
     shape, config = request.shape, request.config
     one = 2 * config.adapter_size * shape.hidden_size + shape.hidden_size + config.adapter_size
-    trained = _window_layers(config, shape.num_layers) * one
+    trained = request.window_layers * one
     held = shape.num_layers * one * 2  # the modules', and the federation's arrays
     if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new
         attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         held += 4 * shape.num_layers * shape.hidden_size * (attention + keys)
-    return F32 * (held + 4 * trained) + 3 * F32 * shape.hidden_size**2 * int(config.stand_in)
-
-
-def saved_floats(shape: ModelShape) -> int:
-    """Floats a token that one layer keeps for the backward pass (frozen linears keep none): the inputs of its two
-    norms, queries, keys, values and their result, the activation's inputs; a normed query and key (Qwen3) once more."""
-    attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    if not is_decoder(shape):
-        return 2 * shape.hidden_size + 4 * attention + shape.intermediate_size
-    normed = attention + keys if shape.architecture == "qwen3" else 0
-    return 2 * shape.hidden_size + 2 * attention + 2 * keys + 3 * shape.intermediate_size + normed
-
-
-def live_floats(shape: ModelShape) -> int:
-    """Floats a token that one layer holds at once without a graph, its input and output included."""
-    attention = shape.num_heads * shape.head_dim
-    expanded = 3 if is_decoder(shape) else 2
-    return 3 * shape.hidden_size + 4 * attention + expanded * shape.intermediate_size
-
-
-def is_decoder(shape: ModelShape) -> bool:
-    return shape.architecture not in ("bert", "roberta", "distilbert")
-
-
-def _step_bytes(request: Request, choices: Choices) -> int:
-    shape, config = request.shape, request.config
-    tokens = choices.micro_batch * config.sequence_length
-    layers = _window_layers(config, shape.num_layers)
-    adapters = layers * (shape.hidden_size + 2 * config.adapter_size)
-    # The boundary needs no gradient, so the window's first layer keeps nothing.
-    kept = adapters + max(0, layers - 1) * (shape.hidden_size if choices.recompute else saved_floats(shape))
-    live = 2 * live_floats(shape) if layers else 0
-    if config.method in FORWARD_ONLY:
-        kept, live = 0, live_floats(shape)
-    total = F32 * tokens * (shape.hidden_size + kept + live)
-    total += HEAP_BYTES + total // 4 if layers else 0
-    if request.task == "causal-lm":
-        branches = 2 if config.auxiliary_weight and layers < shape.num_layers else 1
-        total += F32 * tokens * shape.hidden_size * (4 + 4 * branches) + HEAD_WORKSPACE_BYTES
-    return total
-
-
-def _fill_bytes(request: Request, choices: Choices) -> int:
-    shape, config = request.shape, request.config
-    batch_tokens = config.batch_size * config.sequence_length
-    held = max(choices.fill_bytes, F32 * batch_tokens * shape.hidden_size)
-    return held + F32 * batch_tokens * live_floats(shape)
-
-
-def smallest_budget(request: Request) -> int:
-    """Predicted peak of the leanest choices."""
-    unlimited = replace(request, config=replace(request.config, budget=None))
-    return min(predict(unlimited, choices).predicted_peak_bytes for choices in _from_fastest(unlimited))
+    updates = config.clients_per_round * trained  # as they wait to be averaged
+    return F32 * (held + 5 * trained + updates)

@@ -35,13 +35,15 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Parameters (f32): out_weight [C,D], out_bias [C]; with a transform transform_weight [D,D], transform_bias [D].
+    """Parameters (f32): out_weight [C,D], with `bias` out_bias [C]; with a transform transform_weight [D,D],
+    transform_bias [D]. Decoders have no bias, as in the library, so that what was trained fits into its model.
 
     Seeded start: weights normal with deviation 0.02, biases zero.
     """
 
     transform_weight: nn.Parameter | None
     transform_bias: nn.Parameter | None
+    out_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Classifier(nn.Module):
         pooling: Pooling,
         *,
         transform: Literal["tanh", "relu"] | None = None,
+        bias: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,11 +70,11 @@ class Classifier(nn.Module):
             self.transform_bias = nn.Parameter(torch.zeros(hidden_size))
         out = torch.empty(num_labels, hidden_size)
         self.out_weight = nn.Parameter(out.normal_(0.0, 0.02, generator=generator))
-        self.out_bias = nn.Parameter(torch.zeros(num_labels))
+        self.register_parameter("out_bias", nn.Parameter(torch.zeros(num_labels)) if bias else None)
 
     @property
     def num_labels(self) -> int:
-        return int(self.out_bias.shape[0])
+        return int(self.out_weight.shape[0])
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """[B,T,D] -> the features [B,D] that `score` reads."""
@@ -79,10 +82,14 @@ class Classifier(nn.Module):
 
     def score(self, pooled: Tensor) -> Tensor:
         """Features [B,D] -> logits [B,C]."""
-        if self.transform is not None:
-            assert self.transform_weight is not None
-            pooled = _ACTIVATIONS[self.transform](functional.linear(pooled, self.transform_weight, self.transform_bias))
-        return functional.linear(pooled, self.out_weight, self.out_bias)
+        return functional.linear(self.transformed(pooled), self.out_weight, self.out_bias)
+
+    def transformed(self, pooled: Tensor) -> Tensor:
+        """Features [B,D] -> what the last linear reads, [B,D]."""
+        if self.transform is None:
+            return pooled
+        assert self.transform_weight is not None
+        return _ACTIVATIONS[self.transform](functional.linear(pooled, self.transform_weight, self.transform_bias))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         return self.score(self.pool(hidden, attention_mask))

@@ -17,18 +17,6 @@ from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
 
 SCORES_KEY = "cka"  # float64 [num_layers]
-_GROUP_BYTES = 32 << 20  # float32 statistics of one exchange
-_ROW_BYTES = 64 << 20  # float32 rows of all clients together, for one depth
-
-
-def depths_at_once(hidden_size: int) -> int:
-    """How many depths' statistics one exchange may carry: 6 for D = 576, one for D = 4096."""
-    return int(max(1, _GROUP_BYTES // (4 * (2 * hidden_size + 1) ** 2)))
-
-
-def rows_in_all(hidden_size: int) -> int:
-    """How many rows all clients together may give for one depth: 14551 for D = 576, 2047 for D = 4096."""
-    return _ROW_BYTES // (4 * (2 * hidden_size + 1))
 
 
 class ProfileCollector:

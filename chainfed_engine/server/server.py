@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server import saved
@@ -20,17 +21,14 @@ from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
-from chainfed_engine.server.profile import ProfileCollector, depths_at_once, rows_in_all
+from chainfed_engine.server.profile import ProfileCollector
 from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.setbacks import Setbacks
-from chainfed_engine.server.summary import Summary
+from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
-
-# A stand-in of D x D numbers wants as many tokens as it can get: few clients make up for it with more batches each.
-STAND_IN_BATCHES = 16
 
 
 class Server:
@@ -68,7 +66,8 @@ class Server:
             task,
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
-            uses_later_adapters=config.auxiliary_weight > 0,
+            uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
+            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
@@ -146,11 +145,11 @@ class Server:
         for name in cohort:
             settings: dict[str, Scalar] = {
                 "batch_size": self.config.batch_size,
-                "num_batches": -(-STAND_IN_BATCHES // len(cohort)) if depths else 1,
+                "num_batches": -(-stand_in.BATCHES // len(cohort)) if depths else 1,
                 "depth_start": depths.start,
                 "depth_stop": depths.stop,
                 "with_scores": int(self._start_layer is None),
-                "max_rows": -(-rows_in_all(self.shape.hidden_size) // len(cohort)),
+                "max_rows": -(-stand_in.rows_in_all(self.shape.hidden_size) // len(cohort)),
                 "seed": self._seed(PROFILE_STREAM, attempt, name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -169,6 +168,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                "closed_form": self._plan.fits_classifier(stage),
                 **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -192,7 +192,7 @@ class Server:
         rejected: dict[str, str] = {}
         silent, num_late, bytes_up = set(pending), 0, 0
         for reply in replies:
-            bytes_up += _num_bytes(reply.arrays)
+            bytes_up += num_bytes(reply.arrays)
             if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
                 num_late += 1  # dropped, and its client may still answer this exchange
                 continue
@@ -202,7 +202,7 @@ class Server:
             if reason is not None:
                 rejected[one_line(reply.client)] = reason
         self._pending = None
-        bytes_down = sum(_num_bytes(task.arrays) for task in pending.values())
+        bytes_down = sum(num_bytes(task.arrays) for task in pending.values())
         rejected = dict(sorted(rejected.items()))
         if isinstance(collector, ProfileCollector):
             summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
@@ -242,10 +242,12 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
+        closed_form = self._plan.fits_classifier(self._stage())
+        method = self._method
         return UpdateCollector(
             pending,
-            expected=self._method.expected,
-            before=self._method.before,
+            refuse=method.refuse_statistics if closed_form else method.refuse_update,
+            before=None if closed_form else method.before,
             samples=self.client_samples,
             last_size=self._typical_size,
         )
@@ -259,7 +261,8 @@ class Server:
             if self._start_layer is None:
                 lowest = lowest_start_layer(self.task, self.shape.num_layers, self.config.window)
                 self._start_layer = max(lowest, collector.start_layer(self.config))
-            self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            self._holdings.forget_keys(dropped)
         self._profile_attempts += 1
         return Summary(
             "profile",
@@ -288,8 +291,15 @@ class Server:
             aggregation=config.aggregation,
             hostile_share=config.hostile_share,
         )
+<<<<<<< HEAD
         if collector.usable:
             self._model.update(self.combiner.combine(collector.usable, stage, round_id))
+=======
+        if collector.usable and self._plan.fits_classifier(stage):
+            self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
+        elif collector.usable:
+            self._model.update(self._method.combine(collector.usable))
+>>>>>>> main
         self._typical_size = collector.typical_size
         self._round_id += 1
         return Summary(
@@ -321,7 +331,7 @@ class Server:
             typical_norm=self._typical_size.norm if self._typical_size else None,
             typical_steps=self._typical_size.steps if self._typical_size else None,
         )
-        return {**self._model.state(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+        return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
@@ -329,9 +339,11 @@ class Server:
         progress = saved.from_record(record, self._identity())
         saved.require_start_layer(progress, self._plan)
         own, depths = self._model.state(), progress.stand_in_depths
-        stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
+        kept = self._model.take_factor(arrays)
+        others = {key: array for key, array in arrays.items() if key not in kept}
+        stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
         self._holdings = Holdings()
         self._pending = None
         self._round_id = progress.round_id
@@ -353,7 +365,7 @@ class Server:
         """Depths to fit stand-ins for before the next round, no more than one exchange carries."""
         if self._start_layer is None:
             return range(0)
-        at_most = depths_at_once(self.shape.hidden_size)
+        at_most = stand_in.depths_at_once(self.shape.hidden_size)
         fitted = self._model.stand_in_depths()
         return self._plan.missing_depths(self._round_id, self._start_layer, fitted, at_most=at_most)
 
@@ -373,7 +385,24 @@ class Server:
     def _identity(self) -> dict[str, Any]:
         return saved.identity(self.config, self.shape, self.task, self.client_samples, self.client_windows, self.base)
 
+<<<<<<< HEAD
 
 def _num_bytes(arrays: object) -> int:
     values = arrays.values() if isinstance(arrays, Mapping) else ()
     return sum(array.nbytes for array in values if isinstance(array, np.ndarray))
+=======
+    def _check_start_layer(self, progress: saved.Progress) -> None:
+        fixed = self._plan.fixed_start_layer()
+        found = progress.start_layer
+        if found != fixed and (fixed is not None or found is None):
+            raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
+        if found is None:
+            possible = range(0)
+            if progress.round_id > 0:
+                raise CorruptFile("saved state: rounds without a start layer; start a new run")
+        else:
+            self._plan.stage(0, found)  # raises where the layer is beyond the model
+            possible = self._plan.stand_in_depths(found)
+        if not set(progress.stand_in_depths) <= set(possible):
+            raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
+>>>>>>> main

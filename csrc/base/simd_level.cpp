@@ -7,18 +7,20 @@
 
 #include "chainfed/error.h"
 
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 #include <cpuid.h>
+#elif defined(CHAINFED_ARM64)
+#include <sys/auxv.h>
 #endif
 
 namespace chainfed {
 namespace {
 
-constexpr const char* kNames[kNumSimdLevels] = {"scalar", "avx2", "avx512vnni"};
+constexpr SimdTable<const char*> kNames = CHAINFED_LEVELS("scalar", "avx2", "avx512vnni", "neon", "dotprod", "i8mm");
 constexpr int kUndecided = -1;
 std::atomic<int> level_in_force{kUndecided};
 
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 uint64_t read_xcr0() {
   uint32_t low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -39,6 +41,15 @@ SimdLevel detect() {
   // Leaf 7, ebx: AVX512F 16, DQ 17, BW 30, VL 31; ecx: VNNI 11. XCR0 5..7: opmask and zmm state.
   const bool avx512 = has_bits(b, (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31)) && has_bits(c, 1u << 11);
   return avx512 && has_bits(xcr0, 0xE6) ? SimdLevel::avx512vnni : SimdLevel::avx2;
+}
+#elif defined(CHAINFED_ARM64)
+SimdLevel detect() {
+  // The kernel's bits (asm/hwcap.h, by value: old headers lack the newer names); it clears what it does not support.
+  constexpr unsigned long kAsimd = 1ul << 1, kDotprod = 1ul << 20, kI8mm = 1ul << 13;
+  const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  if ((first & kAsimd) == 0) return SimdLevel::scalar;
+  if ((first & kDotprod) == 0) return SimdLevel::neon;
+  return (second & kI8mm) != 0 ? SimdLevel::i8mm : SimdLevel::dotprod;
 }
 #else
 SimdLevel detect() { return SimdLevel::scalar; }
@@ -64,11 +75,17 @@ SimdLevel default_level() {
 
 const char* simd_level_name(SimdLevel level) { return kNames[static_cast<int>(level)]; }
 
+std::string simd_level_names() {
+  std::string all = kNames[0];
+  for (int i = 1; i < kNumSimdLevels; ++i) all += std::string(" ") + kNames[i];
+  return all;
+}
+
 SimdLevel parse_simd_level(const char* name) {
   for (int i = 0; i < kNumSimdLevels; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return static_cast<SimdLevel>(i);
   }
-  throw InvalidArgument(std::string("SIMD level must be scalar, avx2 or avx512vnni, got ") + name);
+  throw InvalidArgument("SIMD level must be one of " + simd_level_names() + ", got " + name);
 }
 
 SimdLevel supported_simd_level() {

@@ -26,8 +26,10 @@ constexpr int kSpinRounds = 400;
 thread_local bool inside_body = false;
 
 inline void pause() {
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
   __builtin_ia32_pause();
+#elif defined(CHAINFED_ARM64)
+  __asm__ volatile("yield");
 #endif
 }
 

@@ -29,11 +29,7 @@ py::dict build_info() {
       "gcc "
 #endif
       __VERSION__);
-#ifdef CHAINFED_X86
-  info["simd"] = "scalar avx2 avx512vnni";
-#else
-  info["simd"] = "scalar";
-#endif
+  info["simd"] = simd_level_names();
   return info;
 }
 

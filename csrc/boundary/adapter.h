@@ -17,11 +17,14 @@ using ApplyAdapter = void (*)(const BottleneckView& adapter, const float* hidden
 
 void apply_adapter_scalar(const BottleneckView& adapter, const float* hidden, int64_t num_tokens, int64_t hidden_size,
                           float* out);
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 void apply_adapter_avx2(const BottleneckView& adapter, const float* hidden, int64_t num_tokens, int64_t hidden_size,
                         float* out);
 void apply_adapter_avx512vnni(const BottleneckView& adapter, const float* hidden, int64_t num_tokens,
                               int64_t hidden_size, float* out);
+#elif defined(CHAINFED_ARM64)
+void apply_adapter_neon(const BottleneckView& adapter, const float* hidden, int64_t num_tokens, int64_t hidden_size,
+                        float* out);
 #endif
 
 // erfc keeps its relative precision where 1 + erf(x) would cancel.

@@ -21,19 +21,19 @@ void copy_out(const uint8_t* record, int64_t hidden_size, float* row) {
   std::memcpy(row, record, static_cast<size_t>(hidden_size) * sizeof(float));
 }
 
-#ifdef CHAINFED_X86
-constexpr SimdTable<EncodeRows> kEncodeInt8 = {encode_int8_scalar, encode_int8_avx2, encode_int8_avx512vnni};
-constexpr SimdTable<DecodeRow> kDecodeInt8 = {decode_int8_row_scalar, decode_int8_row_avx2, decode_int8_row_avx512vnni};
-constexpr SimdTable<EncodeRows> kEncodeBf16 = {encode_bf16_scalar, encode_bf16_avx2, encode_bf16_avx2};
-constexpr SimdTable<DecodeRow> kDecodeBf16 = {decode_bf16_row_scalar, decode_bf16_row_avx2, decode_bf16_row_avx2};
-constexpr SimdTable<ApplyAdapter> kApplyAdapter = {apply_adapter_scalar, apply_adapter_avx2, apply_adapter_avx512vnni};
-#else
-constexpr SimdTable<EncodeRows> kEncodeInt8 = {encode_int8_scalar, encode_int8_scalar, encode_int8_scalar};
-constexpr SimdTable<DecodeRow> kDecodeInt8 = {decode_int8_row_scalar, decode_int8_row_scalar, decode_int8_row_scalar};
-constexpr SimdTable<EncodeRows> kEncodeBf16 = {encode_bf16_scalar, encode_bf16_scalar, encode_bf16_scalar};
-constexpr SimdTable<DecodeRow> kDecodeBf16 = {decode_bf16_row_scalar, decode_bf16_row_scalar, decode_bf16_row_scalar};
-constexpr SimdTable<ApplyAdapter> kApplyAdapter = {apply_adapter_scalar, apply_adapter_scalar, apply_adapter_scalar};
-#endif
+constexpr SimdTable<EncodeRows> kEncodeInt8 = CHAINFED_LEVELS(
+    encode_int8_scalar, encode_int8_avx2, encode_int8_avx512vnni, encode_int8_neon, encode_int8_neon, encode_int8_neon);
+constexpr SimdTable<DecodeRow> kDecodeInt8 =
+    CHAINFED_LEVELS(decode_int8_row_scalar, decode_int8_row_avx2, decode_int8_row_avx512vnni, decode_int8_row_neon,
+                    decode_int8_row_neon, decode_int8_row_neon);
+constexpr SimdTable<EncodeRows> kEncodeBf16 = CHAINFED_LEVELS(encode_bf16_scalar, encode_bf16_avx2, encode_bf16_avx2,
+                                                              encode_bf16_neon, encode_bf16_neon, encode_bf16_neon);
+constexpr SimdTable<DecodeRow> kDecodeBf16 =
+    CHAINFED_LEVELS(decode_bf16_row_scalar, decode_bf16_row_avx2, decode_bf16_row_avx2, decode_bf16_row_neon,
+                    decode_bf16_row_neon, decode_bf16_row_neon);
+constexpr SimdTable<ApplyAdapter> kApplyAdapter =
+    CHAINFED_LEVELS(apply_adapter_scalar, apply_adapter_avx2, apply_adapter_avx512vnni, apply_adapter_neon,
+                    apply_adapter_neon, apply_adapter_neon);
 
 EncodeRows row_encoder(CacheFormat format) {
   if (format == CacheFormat::int8) return select(kEncodeInt8);

@@ -12,13 +12,18 @@ void encode_int8_scalar(const float* rows, int64_t num_tokens, int64_t hidden_si
 void decode_int8_row_scalar(const uint8_t* record, int64_t hidden_size, float* row);
 void encode_bf16_scalar(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
 void decode_bf16_row_scalar(const uint8_t* record, int64_t hidden_size, float* row);
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 void encode_int8_avx2(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
 void decode_int8_row_avx2(const uint8_t* record, int64_t hidden_size, float* row);
 void encode_bf16_avx2(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
 void decode_bf16_row_avx2(const uint8_t* record, int64_t hidden_size, float* row);
 void encode_int8_avx512vnni(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
 void decode_int8_row_avx512vnni(const uint8_t* record, int64_t hidden_size, float* row);
+#elif defined(CHAINFED_ARM64)
+void encode_int8_neon(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
+void decode_int8_row_neon(const uint8_t* record, int64_t hidden_size, float* row);
+void encode_bf16_neon(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records);
+void decode_bf16_row_neon(const uint8_t* record, int64_t hidden_size, float* row);
 #endif
 
 }  // namespace chainfed

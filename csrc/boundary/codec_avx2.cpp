@@ -24,24 +24,37 @@ unsigned equal_mask(__m256i a, __m256i b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))));
 }
 
+// 32 integers to bytes in order, with saturation.
+__m256i bytes_of_32(const __m256i v[4]) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+  // The packs work inside 128-bit halves; the permutation restores the order.
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 // Magnitudes have a clear sign bit, so signed maxima and comparisons order them.
 struct Avx2 {
-  static uint32_t max_bits(const float* values) {
+  static __m256i max_of_group(const float* values) {
     __m256i low = max_of(load_magnitudes(values), load_magnitudes(values + 8));
     __m256i high = max_of(load_magnitudes(values + 16), load_magnitudes(values + 24));
     low = max_of(low, max_of(load_magnitudes(values + 32), load_magnitudes(values + 40)));
     high = max_of(high, max_of(load_magnitudes(values + 48), load_magnitudes(values + 56)));
-    return reduce_max(max_of(low, high));
+    return max_of(low, high);
   }
-  static uint32_t max_bits_without(const float* values, uint64_t out) {
-    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    __m256i largest = _mm256_setzero_si256();
-    for (int i = 0; i < 8; ++i) {
-      const __m256i byte = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(out >> (8 * i) & 255)), lane_bit);
-      largest =
-          max_of(largest, _mm256_andnot_si256(_mm256_cmpeq_epi32(byte, lane_bit), load_magnitudes(values + 8 * i)));
+  static uint32_t max_bits(const float* values) { return reduce_max(max_of_group(values)); }
+  // Two groups a step: after three, lane g holds the maximum of group g.
+  static void max_bits_of_8(const float* values, uint32_t* out) {
+    __m256i two[4], four[2];
+    for (int i = 0; i < 4; ++i) {
+      const __m256i a = max_of_group(values + 2 * i * kGroupSize), b = max_of_group(values + (2 * i + 1) * kGroupSize);
+      two[i] = max_of(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
     }
-    return reduce_max(largest);
+    for (int i = 0; i < 2; ++i) {
+      four[i] =
+          max_of(_mm256_unpacklo_epi64(two[2 * i], two[2 * i + 1]), _mm256_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+    }
+    const __m256i all =
+        max_of(_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), all);
   }
   static int64_t first_of_largest(const uint32_t* values, int64_t count) {
     const auto* vectors = reinterpret_cast<const __m256i*>(values);
@@ -57,13 +70,17 @@ struct Avx2 {
       if (mask != 0) return first + __builtin_ctzll(mask);
     }
   }
-  static uint64_t equal(const float* values, uint32_t bits) {
+  static Taken take(const float* values, uint32_t bits) {
     const __m256i wanted = _mm256_set1_epi32(static_cast<int>(bits));
-    uint64_t mask = 0;
+    __m256i below = _mm256_setzero_si256(), equal[8];
     for (int i = 0; i < 8; ++i) {
-      mask |= static_cast<uint64_t>(equal_mask(load_magnitudes(values + 8 * i), wanted)) << (8 * i);
+      const __m256i value = load_magnitudes(values + 8 * i);
+      equal[i] = _mm256_cmpeq_epi32(value, wanted);
+      below = max_of(below, _mm256_and_si256(value, _mm256_cmpgt_epi32(wanted, value)));
     }
-    return mask;
+    const uint64_t low = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(equal)));
+    const uint64_t high = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(equal + 4)));
+    return {low | high << 32, reduce_max(below)};
   }
   static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {
     const __m256i largest_half = _mm256_set1_epi32(kInfinityHalf - 1);
@@ -84,14 +101,12 @@ struct Avx2 {
   }
   static void quantize(const float* values, float inverse, int8_t* codes) {
     const __m256 factor = _mm256_set1_ps(inverse);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the packs' lane interleaving
-    for (int64_t i = 0; i < kGroupSize; i += 32) {
-      const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), factor));
-      const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i + 8), factor));
-      const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i + 16), factor));
-      const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i + 24), factor));
-      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_permutevar8x32_epi32(bytes, order));
+    for (int64_t first = 0; first < kGroupSize; first += 32) {
+      __m256i code[4];
+      for (int i = 0; i < 4; ++i) {
+        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + first + 8 * i), factor));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + first), bytes_of_32(code));
     }
   }
 };

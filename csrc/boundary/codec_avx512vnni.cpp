@@ -22,18 +22,28 @@ uint32_t reduce_max(__m512i values) {
 }
 
 struct Avx512 {
-  static uint32_t max_bits(const float* values) {
+  static __m512i max_of_group(const float* values) {
     const __m512i low = _mm512_max_epu32(load_magnitudes(values), load_magnitudes(values + 16));
     const __m512i high = _mm512_max_epu32(load_magnitudes(values + 32), load_magnitudes(values + 48));
-    return reduce_max(_mm512_max_epu32(low, high));
+    return _mm512_max_epu32(low, high);
   }
-  static uint32_t max_bits_without(const float* values, uint64_t out) {
-    __m512i part[4];
+  static uint32_t max_bits(const float* values) { return reduce_max(max_of_group(values)); }
+  // Two groups a step: after two, a 128-bit quarter holds four groups; two more steps join the quarters.
+  static void max_bits_of_8(const float* values, uint32_t* out) {
+    __m512i two[4], four[2];
     for (int i = 0; i < 4; ++i) {
-      const auto keep = static_cast<__mmask16>(~out >> (16 * i));
-      part[i] = magnitudes(_mm512_maskz_loadu_ps(keep, values + 16 * i));
+      const __m512i a = max_of_group(values + 2 * i * kGroupSize), b = max_of_group(values + (2 * i + 1) * kGroupSize);
+      two[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
     }
-    return reduce_max(_mm512_max_epu32(_mm512_max_epu32(part[0], part[1]), _mm512_max_epu32(part[2], part[3])));
+    for (int i = 0; i < 2; ++i) {
+      four[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(two[2 * i], two[2 * i + 1]),
+                                 _mm512_unpackhi_epi64(two[2 * i], two[2 * i + 1]));
+    }
+    const __m512i quarters =
+        _mm512_max_epu32(_mm512_shuffle_i32x4(four[0], four[1], 0x44), _mm512_shuffle_i32x4(four[0], four[1], 0xEE));
+    // Now groups 0-3 twice, then 4-7 twice.
+    const __m512i all = _mm512_max_epu32(quarters, _mm512_shuffle_i32x4(quarters, quarters, 0xB1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(_mm512_shuffle_i32x4(all, all, 0x08)));
   }
   static int64_t first_of_largest(const uint32_t* values, int64_t count) {
     __m512i largest = _mm512_load_si512(values);
@@ -48,13 +58,16 @@ struct Avx512 {
       if (mask != 0) return first + __builtin_ctzll(mask);
     }
   }
-  static uint64_t equal(const float* values, uint32_t bits) {
+  static Taken take(const float* values, uint32_t bits) {
     const __m512i wanted = _mm512_set1_epi32(static_cast<int>(bits));
-    uint64_t mask = 0;
+    __m512i below = _mm512_setzero_si512();
+    uint64_t equal = 0;
     for (int i = 0; i < 4; ++i) {
-      mask |= static_cast<uint64_t>(_mm512_cmpeq_epu32_mask(load_magnitudes(values + 16 * i), wanted)) << (16 * i);
+      const __m512i value = load_magnitudes(values + 16 * i);
+      equal |= static_cast<uint64_t>(_mm512_cmpeq_epu32_mask(value, wanted)) << (16 * i);
+      below = _mm512_mask_max_epu32(below, _mm512_cmplt_epu32_mask(value, wanted), below, value);
     }
-    return mask;
+    return {equal, reduce_max(below)};
   }
   static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {
     for (int64_t g = 0; g < count; g += 16) {

@@ -12,22 +12,20 @@ struct Scalar {
     for (int64_t i = 0; i < kGroupSize; ++i) largest = std::max(largest, float_bits(values[i]) & kMagnitudeMask);
     return largest;
   }
-  static uint32_t max_bits_without(const float* values, uint64_t out) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < kGroupSize; ++i) {
-      if ((out >> i & 1) == 0) largest = std::max(largest, float_bits(values[i]) & kMagnitudeMask);
-    }
-    return largest;
+  static void max_bits_of_8(const float* values, uint32_t* out) {
+    for (int g = 0; g < 8; ++g) out[g] = max_bits(values + g * kGroupSize);
   }
   static int64_t first_of_largest(const uint32_t* values, int64_t count) {
     return std::max_element(values, values + count) - values;
   }
-  static uint64_t equal(const float* values, uint32_t bits) {
-    uint64_t mask = 0;
+  static Taken take(const float* values, uint32_t bits) {
+    Taken found = {0, 0};
     for (int64_t i = 0; i < kGroupSize; ++i) {
-      mask |= static_cast<uint64_t>((float_bits(values[i]) & kMagnitudeMask) == bits) << i;
+      const uint32_t magnitude = float_bits(values[i]) & kMagnitudeMask;
+      found.equal |= static_cast<uint64_t>(magnitude == bits) << i;
+      if (magnitude < bits) found.below = std::max(found.below, magnitude);
     }
-    return mask;
+    return found;
   }
   static void scales(const uint32_t* max_bits, int64_t count, uint16_t* halves, float* inverse) {
     for (int64_t g = 0; g < count; ++g) {

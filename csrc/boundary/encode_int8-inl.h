@@ -1,8 +1,10 @@
 // Encoding tokens to int8 records, over a Simd class with the loops that instruction sets do better:
 //   max_bits(values)              bits of the largest magnitude of 64 values
-//   max_bits_without(values, out) the same without the values whose bit is set in `out`
+//   max_bits_of_8(values, out)    the same of eight groups in a row
 //   first_of_largest(v, n)        index of the first largest of n integers (n a multiple of 16, 64-byte alignment)
-//   equal(values, bits)           a bit for each of 64 values whose magnitude has these bits
+//   take(values, bits)            one pass over 64 values: a bit for each whose magnitude has these bits, and the bits
+//   of
+//                                 the largest magnitude below
 //   scales(max, n, half, inv)     group_scale() of n groups (n a multiple of 16)
 //   quantize(values, inv, codes)  64 codes; anything in the place of an outlier
 // Included by one file an instruction set; everything has internal linkage.
@@ -24,6 +26,11 @@ namespace {
 constexpr int64_t kGroupPadding = 16;  // group arrays are padded with zeros to a multiple
 constexpr int64_t kTokensAtOnce = 4;
 
+struct Taken {
+  uint64_t equal;
+  uint32_t below;
+};
+
 struct TokenState {
   alignas(64) uint32_t max_bits[kMaxGroups + kGroupPadding];
   alignas(64) float inverse[kMaxGroups + kGroupPadding];
@@ -42,7 +49,9 @@ void load_row(const float* row, int64_t hidden_size, int64_t padded_groups, Toke
   const int64_t groups = num_groups(hidden_size), whole = hidden_size / kGroupSize;
   token.row = row;
   token.num_columns = 0;
-  for (int64_t g = 0; g < whole; ++g) token.max_bits[g] = Simd::max_bits(row + g * kGroupSize);
+  int64_t g = 0;
+  for (; g + 8 <= whole; g += 8) Simd::max_bits_of_8(row + g * kGroupSize, token.max_bits + g);
+  for (; g < whole; ++g) token.max_bits[g] = Simd::max_bits(row + g * kGroupSize);
   if (whole < groups) {
     std::fill(std::copy(row + whole * kGroupSize, row + hidden_size, token.tail), token.tail + kGroupSize, 0.0f);
     token.max_bits[whole] = Simd::max_bits(token.tail);
@@ -57,11 +66,13 @@ void take_outlier(int64_t slot, int64_t whole_groups, int64_t padded_groups, Tok
   // Once only zeros are left, the slots stay unused: one that holds a zero buys nothing.
   if (token.max_bits[group] == 0) return;
   const float* values = token.group(group, whole_groups);
-  const int place = __builtin_ctzll(Simd::equal(values, token.max_bits[group]) & ~token.taken[group]);
-  token.columns[slot] = static_cast<uint16_t>(group * kGroupSize + place);
+  const Taken found = Simd::take(values, token.max_bits[group]);
+  const uint64_t equal = found.equal & ~token.taken[group];
+  token.columns[slot] = static_cast<uint16_t>(group * kGroupSize + __builtin_ctzll(equal));
   token.num_columns = slot + 1;
-  token.taken[group] |= uint64_t{1} << place;
-  token.max_bits[group] = Simd::max_bits_without(values, token.taken[group]);
+  token.taken[group] |= equal & -equal;
+  // What is larger has been taken already: the next is of the same magnitude or the largest below.
+  if ((equal & (equal - 1)) == 0) token.max_bits[group] = found.below;
 }
 
 template <typename Simd>

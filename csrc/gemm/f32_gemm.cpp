@@ -11,11 +11,8 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-const SimdTable<const F32Kernels*> kTable = {&kF32KernelsScalar, &kF32KernelsAvx2, &kF32KernelsAvx512};
-#else
-const SimdTable<const F32Kernels*> kTable = {&kF32KernelsScalar, &kF32KernelsScalar, &kF32KernelsScalar};
-#endif
+constexpr SimdTable<const F32Kernels*> kTable = CHAINFED_LEVELS(
+    &kF32KernelsScalar, &kF32KernelsAvx2, &kF32KernelsAvx512, &kF32KernelsNeon, &kF32KernelsNeon, &kF32KernelsNeon);
 
 constexpr int64_t kTilesPerDepth = kGemmDepth / kTileCols;
 constexpr int64_t kRowTilesPerDepth = kGemmDepth / kTileRows;

@@ -26,7 +26,7 @@ struct F32Kernels {
   void (*multiply)(const float* packed, const float* panel, int64_t depth, int64_t num_rows, const float* start,
                    float* c, int64_t row_stride);
 };
-extern const F32Kernels kF32KernelsScalar, kF32KernelsAvx2, kF32KernelsAvx512;
+extern const F32Kernels kF32KernelsScalar, kF32KernelsAvx2, kF32KernelsAvx512, kF32KernelsNeon;
 
 // add: C += A B instead of C = A B. bias [N] or null, forward only.
 void f32_forward(const MatrixView& w, const float* x, int64_t num_tokens, const float* bias, float* out,

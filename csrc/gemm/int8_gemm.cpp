@@ -11,11 +11,8 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-const SimdTable<const Int8Level*> kTable = {&kInt8Scalar, &kInt8Avx2, &kInt8Avx512Vnni};
-#else
-const SimdTable<const Int8Level*> kTable = {&kInt8Scalar, &kInt8Scalar, &kInt8Scalar};
-#endif
+constexpr SimdTable<const Int8Level*> kTable =
+    CHAINFED_LEVELS(&kInt8Scalar, &kInt8Avx2, &kInt8Avx512Vnni, &kInt8Neon, &kInt8Dotprod, &kInt8I8mm);
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,20 +77,30 @@ void multiply_chunk(const Chunk& chunk) {
 
 }  // namespace
 
+void int8_pack(const MatrixView& w, const float* x, int64_t num_tokens, void* workspace) {
+  const Int8Level& level = *select(kTable);
+  const int64_t num_tiles = tiles_per_row(w), group_tokens = level.group_tokens;
+  auto* groups = static_cast<uint8_t*>(workspace);
+  parallel_for(divide_up(num_tokens, group_tokens), [&](int64_t g) {
+    const int64_t first = g * group_tokens;
+    level.pack(x + first * w.num_cols, std::min(group_tokens, num_tokens - first), w.num_cols, num_tiles,
+               groups + g * num_tiles * group_tile_bytes(group_tokens));
+  });
+}
+
+void int8_forward_packed(const MatrixView& w, int64_t num_tokens, const float* bias, float* out,
+                         const void* workspace) {
+  const Int8Level& level = *select(kTable);
+  multiply_chunk({level, level.kernels[static_cast<int>(w.format)], w, static_cast<const uint8_t*>(workspace),
+                  num_tokens, tiles_per_row(w), bias, out});
+}
+
 void int8_forward(const MatrixView& w, const float* x, int64_t num_tokens, const float* bias, float* out,
                   void* workspace) {
-  const Int8Level& level = *select(kTable);
-  const int64_t num_tiles = tiles_per_row(w);
-  auto* groups = static_cast<uint8_t*>(workspace);
   for (int64_t token = 0; token < num_tokens; token += kInt8ChunkTokens) {
     const int64_t tokens = std::min(kInt8ChunkTokens, num_tokens - token);
-    parallel_for(divide_up(tokens, level.group_tokens), [&](int64_t g) {
-      const int64_t first = g * level.group_tokens;
-      level.pack(x + (token + first) * w.num_cols, std::min(level.group_tokens, tokens - first), w.num_cols, num_tiles,
-                 groups + g * num_tiles * group_tile_bytes(level.group_tokens));
-    });
-    multiply_chunk({level, level.kernels[static_cast<int>(w.format)], w, groups, tokens, num_tiles, bias,
-                    out + token * w.num_rows});
+    int8_pack(w, x + token * w.num_cols, tokens, workspace);
+    int8_forward_packed(w, tokens, bias, out + token * w.num_rows, workspace);
   }
 }
 

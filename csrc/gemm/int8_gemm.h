@@ -19,7 +19,8 @@ constexpr int64_t kInt8PanelRows = 16;
 constexpr int64_t kInt8BlockTiles = 16;
 constexpr int64_t kMaxGroupTokens = 8;
 
-// One tile column of a panel of unpacked weights: byte [j][row][i] is the code of (row, column 4j + i).
+// One tile column of a panel of unpacked weights: byte [j][row][i] is the code of (row, column 4j + i); i8mm keeps
+// eight columns of a row together (int8_gemm_i8mm.cpp), which no other level reads.
 struct WeightTile {
   uint8_t codes[8 * kInt8PanelRows * 4];
   float scale[kInt8PanelRows], offset[kInt8PanelRows];
@@ -41,10 +42,13 @@ struct Int8Level {
   void (*pack)(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group);
   Int8Kernels kernels[3];  // by BlockFormat: int4, nf4, int8
 };
-extern const Int8Level kInt8Scalar, kInt8Avx2, kInt8Avx512Vnni;
+extern const Int8Level kInt8Scalar, kInt8Avx2, kInt8Avx512Vnni, kInt8Neon, kInt8Dotprod, kInt8I8mm;
 
 void int8_forward(const MatrixView& w, const float* x, int64_t num_tokens, const float* bias, float* out,
                   void* workspace);
+// The two halves of int8_forward for at most kInt8ChunkTokens rows: packing depends on w's format and width alone.
+void int8_pack(const MatrixView& w, const float* x, int64_t num_tokens, void* workspace);
+void int8_forward_packed(const MatrixView& w, int64_t num_tokens, const float* bias, float* out, const void* workspace);
 int64_t int8_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_cols);
 
 }  // namespace chainfed

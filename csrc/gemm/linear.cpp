@@ -9,6 +9,8 @@
 namespace chainfed {
 namespace {
 
+static_assert(kMaxPackedTokens <= kInt8ChunkTokens, "packed rows are one chunk");
+
 bool is_tiled(BlockFormat format) { return format != BlockFormat::bf16 && format != BlockFormat::f32; }
 
 }  // namespace
@@ -20,6 +22,19 @@ void linear_forward(const MatrixView& w, const float* x, int64_t num_tokens, con
     int8_forward(w, x, num_tokens, bias, out, workspace);
   } else {
     f32_forward(w, x, num_tokens, bias, out, workspace);
+  }
+}
+
+void linear_pack(const MatrixView& w, const float* x, int64_t num_tokens, Activation activation, void* workspace) {
+  if (activation == Activation::int8 && is_tiled(w.format)) int8_pack(w, x, num_tokens, workspace);
+}
+
+void linear_forward_packed(const MatrixView& w, const float* x, int64_t num_tokens, Activation activation, float* out,
+                           void* workspace) {
+  if (activation == Activation::int8 && is_tiled(w.format)) {
+    int8_forward_packed(w, num_tokens, nullptr, out, workspace);
+  } else {
+    f32_forward(w, x, num_tokens, nullptr, out, workspace);
   }
 }
 

@@ -49,13 +49,17 @@ using AccumulateCell = void (*)(const Cell& cell, const float* panel /*[129][32]
 float softmax_row_scalar(float* z, int64_t count, float* running_max, float* running_sum);
 void fill_cell_scalar(const float* const* e, int64_t count, const float* least, Cell* cell);
 void accumulate_cell_scalar(const Cell& cell, const float* panel, float* const* grad);
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 float softmax_row_avx2(float* z, int64_t count, float* running_max, float* running_sum);
 void fill_cell_avx2(const float* const* e, int64_t count, const float* least, Cell* cell);
 void accumulate_cell_avx2(const Cell& cell, const float* panel, float* const* grad);
 float softmax_row_avx512vnni(float* z, int64_t count, float* running_max, float* running_sum);
 void fill_cell_avx512vnni(const float* const* e, int64_t count, const float* least, Cell* cell);
 void accumulate_cell_avx512vnni(const Cell& cell, const float* panel, float* const* grad);
+#elif defined(CHAINFED_ARM64)
+float softmax_row_neon(float* z, int64_t count, float* running_max, float* running_sum);
+void fill_cell_neon(const float* const* e, int64_t count, const float* least, Cell* cell);
+void accumulate_cell_neon(const Cell& cell, const float* panel, float* const* grad);
 #endif
 
 }  // namespace chainfed

@@ -8,6 +8,7 @@
 #include "base/thread_pool.h"
 #include "base/workspace.h"
 #include "chainfed/kernels.h"
+#include "gemm/linear.h"
 #include "head/cell.h"
 #include "head/int16_cell.h"
 #include "head/panel.h"
@@ -15,26 +16,22 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_avx2, softmax_row_avx512vnni};
-constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_avx2, fill_cell_avx512vnni};
-constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_avx2,
-                                                       accumulate_cell_avx512vnni};
-constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_avx2, quantize_cell_avx2};
-constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_avx2, quantize_panel_avx2};
-constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_avx2,
-                                                         accumulate_int16_avx512vnni};
-#else
-constexpr SimdTable<SoftmaxRow> kSoftmaxRow = {softmax_row_scalar, softmax_row_scalar, softmax_row_scalar};
-constexpr SimdTable<FillCell> kFillCell = {fill_cell_scalar, fill_cell_scalar, fill_cell_scalar};
-constexpr SimdTable<AccumulateCell> kAccumulateCell = {accumulate_cell_scalar, accumulate_cell_scalar,
-                                                       accumulate_cell_scalar};
-constexpr SimdTable<QuantizeCell> kQuantizeCell = {quantize_cell_scalar, quantize_cell_scalar, quantize_cell_scalar};
-constexpr SimdTable<QuantizePanel> kQuantizePanel = {quantize_panel_scalar, quantize_panel_scalar,
-                                                     quantize_panel_scalar};
-constexpr SimdTable<AccumulateInt16> kAccumulateInt16 = {accumulate_int16_scalar, accumulate_int16_scalar,
-                                                         accumulate_int16_scalar};
-#endif
+constexpr SimdTable<SoftmaxRow> kSoftmaxRow = CHAINFED_LEVELS(
+    softmax_row_scalar, softmax_row_avx2, softmax_row_avx512vnni, softmax_row_neon, softmax_row_neon, softmax_row_neon);
+constexpr SimdTable<FillCell> kFillCell = CHAINFED_LEVELS(fill_cell_scalar, fill_cell_avx2, fill_cell_avx512vnni,
+                                                          fill_cell_neon, fill_cell_neon, fill_cell_neon);
+constexpr SimdTable<AccumulateCell> kAccumulateCell =
+    CHAINFED_LEVELS(accumulate_cell_scalar, accumulate_cell_avx2, accumulate_cell_avx512vnni, accumulate_cell_neon,
+                    accumulate_cell_neon, accumulate_cell_neon);
+constexpr SimdTable<QuantizeCell> kQuantizeCell =
+    CHAINFED_LEVELS(quantize_cell_scalar, quantize_cell_avx2, quantize_cell_avx2, quantize_cell_neon,
+                    quantize_cell_neon, quantize_cell_neon);
+constexpr SimdTable<QuantizePanel> kQuantizePanel =
+    CHAINFED_LEVELS(quantize_panel_scalar, quantize_panel_avx2, quantize_panel_avx2, quantize_panel_neon,
+                    quantize_panel_neon, quantize_panel_neon);
+constexpr SimdTable<AccumulateInt16> kAccumulateInt16 =
+    CHAINFED_LEVELS(accumulate_int16_scalar, accumulate_int16_avx2, accumulate_int16_avx512vnni, accumulate_int16_neon,
+                    accumulate_int16_neon, accumulate_int16_neon);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -185,10 +182,12 @@ void update_grad_columns(const Chunk& chunk, const MatrixView& shard, int64_t fi
 
 void update_chunk(const Chunk& chunk, const MatrixView& shard, int64_t first_row, Activation activation) {
   retire_non_finite_tokens(chunk);
+  static_assert(kChunkTokens <= kMaxPackedTokens, "a chunk is packed as a whole");
+  linear_pack(shard, chunk.hidden, chunk.num_tokens, activation, chunk.linear);
   for (int64_t row = 0; row < shard.num_rows; row += kVocabularyTile) {
     const int64_t num_rows = std::min(kVocabularyTile, shard.num_rows - row);
-    linear_forward(row_range(shard, row, num_rows), chunk.hidden, chunk.num_tokens, nullptr, activation, chunk.logits,
-                   chunk.linear);
+    linear_forward_packed(row_range(shard, row, num_rows), chunk.hidden, chunk.num_tokens, activation, chunk.logits,
+                          chunk.linear);
     parallel_for(chunk.num_blocks(), [&](int64_t block) { weigh_block(chunk, block, first_row + row, num_rows); });
     if (chunk.grad == nullptr) continue;
     parallel_for(ceil_div(chunk.hidden_size, kPanelCols),

@@ -41,11 +41,15 @@ using AccumulateInt16 = void (*)(const Int16Cell& cell, const Int16Panel& panel,
 void quantize_cell_scalar(const Cell& cell, Int16Cell* out);
 void quantize_panel_scalar(const float* panel, int64_t num_rows, Int16Panel* out);
 void accumulate_int16_scalar(const Int16Cell& cell, const Int16Panel& panel, float* const* grad);
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
 void quantize_cell_avx2(const Cell& cell, Int16Cell* out);
 void quantize_panel_avx2(const float* panel, int64_t num_rows, Int16Panel* out);
 void accumulate_int16_avx2(const Int16Cell& cell, const Int16Panel& panel, float* const* grad);
 void accumulate_int16_avx512vnni(const Int16Cell& cell, const Int16Panel& panel, float* const* grad);
+#elif defined(CHAINFED_ARM64)
+void quantize_cell_neon(const Cell& cell, Int16Cell* out);
+void quantize_panel_neon(const float* panel, int64_t num_rows, Int16Panel* out);
+void accumulate_int16_neon(const Int16Cell& cell, const Int16Panel& panel, float* const* grad);
 #endif
 
 }  // namespace chainfed

@@ -57,11 +57,8 @@ void by_row(const MatrixView& w, int64_t row_tile, int64_t tile, float* out, int
 template <BlockFormat Format>
 constexpr DecodeTiles kDecode = {&by_column<Format>, &by_row<Format>};
 
-#ifdef CHAINFED_X86
-const SimdTable<const DecodeTiles*> kTable = {kDecodeTilesScalar, kDecodeTilesAvx2, kDecodeTilesAvx2};
-#else
-const SimdTable<const DecodeTiles*> kTable = {kDecodeTilesScalar, kDecodeTilesScalar, kDecodeTilesScalar};
-#endif
+constexpr SimdTable<const DecodeTiles*> kTable = CHAINFED_LEVELS(kDecodeTilesScalar, kDecodeTilesAvx2, kDecodeTilesAvx2,
+                                                                 kDecodeTilesNeon, kDecodeTilesNeon, kDecodeTilesNeon);
 
 }  // namespace
 

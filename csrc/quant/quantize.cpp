@@ -16,11 +16,9 @@
 namespace chainfed {
 namespace {
 
-#ifdef CHAINFED_X86
-const SimdTable<const QuantizeTiles*> kTable = {&kQuantizeTilesScalar, &kQuantizeTilesAvx2, &kQuantizeTilesAvx2};
-#else
-const SimdTable<const QuantizeTiles*> kTable = {&kQuantizeTilesScalar, &kQuantizeTilesScalar, &kQuantizeTilesScalar};
-#endif
+constexpr SimdTable<const QuantizeTiles*> kTable =
+    CHAINFED_LEVELS(&kQuantizeTilesScalar, &kQuantizeTilesAvx2, &kQuantizeTilesAvx2, &kQuantizeTilesNeon,
+                    &kQuantizeTilesNeon, &kQuantizeTilesNeon);
 
 void require_finite(const float* row, int64_t row_index, int64_t num_cols) {
   // An all-ones exponent marks Inf and NaN; a plain or over the row vectorises where std::isfinite would not.

@@ -12,6 +12,6 @@ struct QuantizeTiles {
   bool (*int8)(const float* columns, int64_t num_tiles, int8_t* codes, uint16_t* scales);
   void (*nf4)(const float* columns, int64_t num_tiles, uint8_t* codes, float* scales);
 };
-extern const QuantizeTiles kQuantizeTilesScalar, kQuantizeTilesAvx2;
+extern const QuantizeTiles kQuantizeTilesScalar, kQuantizeTilesAvx2, kQuantizeTilesNeon;
 
 }  // namespace chainfed

@@ -23,14 +23,19 @@ void unmap(char* begin, const char* end) {
 
 }  // namespace
 
-PageBuffer::~PageBuffer() { unmap(data_, data_ + bytes_); }
+PageBuffer::~PageBuffer() {
+  if (pinning_ != nullptr) pinning_->unpin(data_);
+  unmap(data_, data_ + bytes_);
+}
 
 PageBuffer::PageBuffer(PageBuffer&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      huge_bytes_(std::exchange(other.huge_bytes_, 0)),
+      pinning_(std::move(other.pinning_)) {}
 
-// The mapping is cut to exactly the bytes asked for, and only the huge pages that lie wholly inside are asked for: a
-// slot never holds more than its size.
-void PageBuffer::reserve(int64_t bytes) {
+// The mapping starts on a huge page and is cut to exactly the bytes asked for.
+void PageBuffer::reserve(int64_t bytes, std::shared_ptr<const Pinning> pinning) {
   if (data_ != nullptr) return;
   bytes = round_up(bytes, ::sysconf(_SC_PAGESIZE));
   const int64_t mapped_bytes = bytes + kHugePageBytes;
@@ -47,18 +52,38 @@ void PageBuffer::reserve(int64_t bytes) {
   unmap(begin, data_);
   unmap(data_ + bytes_, begin + mapped_bytes);
   ::madvise(data_, static_cast<size_t>(bytes_), MADV_DONTFORK);
-  const int64_t huge_bytes = round_down(bytes_, kHugePageBytes);
-  if (huge_bytes > 0) ::madvise(data_, static_cast<size_t>(huge_bytes), MADV_HUGEPAGE);
+  ::madvise(data_, static_cast<size_t>(bytes_), MADV_NOHUGEPAGE);
+  if (pinning == nullptr) return;
+  shape_for(bytes_);
+  try {
+    pinning->pin(data_, bytes_);
+  } catch (...) {
+    unmap(data_, data_ + bytes_);
+    data_ = nullptr;
+    huge_bytes_ = 0;
+    throw;
+  }
+  pinning_ = std::move(pinning);
 }
 
-void PageBuffer::drop_tail(int64_t bytes) {
-  const int64_t kept = held_bytes(bytes);
+// Only huge pages that lie wholly inside the file are asked for: a slot holds its file and no more. Tails are given
+// back whole before their kind of page changes, so that no huge page stays for a part of it.
+void PageBuffer::shape_for(int64_t bytes) {
+  if (pinning_ != nullptr) return;  // the device would go on reading the pages that were given back
+  const int64_t huge_bytes = round_down(std::min(bytes, bytes_), kHugePageBytes);
+  const int64_t kept = huge_bytes == huge_bytes_ ? held_bytes(bytes) : std::min(huge_bytes, huge_bytes_);
   if (kept < bytes_) ::madvise(data_ + kept, static_cast<size_t>(bytes_ - kept), MADV_DONTNEED);
+  if (huge_bytes > huge_bytes_) {
+    ::madvise(data_ + huge_bytes_, static_cast<size_t>(huge_bytes - huge_bytes_), MADV_HUGEPAGE);
+  } else if (huge_bytes < huge_bytes_) {
+    ::madvise(data_ + huge_bytes, static_cast<size_t>(huge_bytes_ - huge_bytes), MADV_NOHUGEPAGE);
+  }
+  huge_bytes_ = huge_bytes;
 }
 
 int64_t PageBuffer::held_bytes(int64_t bytes) const {
-  const bool ends_in_huge_page = bytes <= round_down(bytes_, kHugePageBytes);
-  return std::min(bytes_, round_up(bytes, ends_in_huge_page ? kHugePageBytes : ::sysconf(_SC_PAGESIZE)));
+  if (pinning_ != nullptr) return bytes_;
+  return std::min(bytes_, round_up(bytes, ::sysconf(_SC_PAGESIZE)));
 }
 
 }  // namespace chainfed

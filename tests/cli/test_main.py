@@ -28,7 +28,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise MemoryBudgetExceeded("budget 1.0 KiB:\n the smallest that would do is 5 B")
         return SimpleNamespace(table=lambda: "base  5 B", to_json=lambda: PLAN)
 
-    def run(config: RunConfig, out: Path, *, resume: bool, on_event: Any) -> None:
+    def run(config: RunConfig, out: Path, *, resume: bool, callbacks: Any) -> None:
+        on_event = callbacks[0].on_event
         calls.append(("run", config, out, resume))
         on_event({"event": "profile", "round": -1, "start_layer": 2, "cka": []})
         on_event({"event": "round", "round": 0, "rounds": 2, "window": [2, 4], "loss": 0.5})

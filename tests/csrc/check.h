@@ -1,7 +1,8 @@
-// The whole test harness: CHECK prints and counts, TEST registers, main runs all and returns the number of failures
-// (at most 125). CHECK_THROWS names the exception class.
+// The whole test harness: CHECK prints and counts, TEST registers, main runs all tests, or those whose name contains
+// one of its arguments, and returns the number of failures (at most 125). CHECK_THROWS names the exception class.
 #pragma once
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <vector>
 
@@ -61,8 +62,13 @@ inline void fail(const char* file, int line, const char* text) {
     if (!thrown) check::fail(__FILE__, __LINE__, #statement " throws " #Exception); \
   } while (false)
 
-int main() {
+int main(int argc, char** argv) {
+  int num_run = 0;
   for (const check::Test& test : check::tests()) {
+    bool wanted = argc < 2;
+    for (int i = 1; i < argc; ++i) wanted = wanted || std::strstr(test.name, argv[i]) != nullptr;
+    if (!wanted) continue;
+    ++num_run;
     const int before = check::failures();
     try {
       test.body();
@@ -72,5 +78,6 @@ int main() {
     std::printf("%s %s\n", check::failures() == before ? "ok  " : "FAIL", test.name);
     std::fflush(stdout);
   }
+  if (num_run == 0) check::fail(__FILE__, __LINE__, "some test has a name that contains an argument");
   return check::failures() < 125 ? check::failures() : 125;
 }

@@ -290,9 +290,11 @@ TEST(cells_are_the_same_at_every_level) {
         }
       }
     };
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
     if (supported_simd_level() >= SimdLevel::avx2) compare(fill_cell_avx2);
     if (supported_simd_level() >= SimdLevel::avx512vnni) compare(fill_cell_avx512vnni);
+#elif defined(CHAINFED_ARM64)
+    if (supported_simd_level() >= SimdLevel::neon) compare(fill_cell_neon);
 #endif
     compare(fill_cell_scalar);
   }
@@ -307,13 +309,15 @@ struct Int16Level {
 
 std::vector<Int16Level> int16_levels() {
   std::vector<Int16Level> found = {{"scalar", quantize_cell_scalar, quantize_panel_scalar, accumulate_int16_scalar}};
-#ifdef CHAINFED_X86
+#if defined(CHAINFED_X86)
   if (supported_simd_level() >= SimdLevel::avx2) {
     found.push_back({"avx2", quantize_cell_avx2, quantize_panel_avx2, accumulate_int16_avx2});
   }
   if (supported_simd_level() >= SimdLevel::avx512vnni) {
     found.push_back({"avx512vnni", quantize_cell_avx2, quantize_panel_avx2, accumulate_int16_avx512vnni});
   }
+#elif defined(CHAINFED_ARM64)
+  found.push_back({"neon", quantize_cell_neon, quantize_panel_neon, accumulate_int16_neon});
 #endif
   return found;
 }

@@ -44,7 +44,7 @@ def _exit_code(process: BaseProcess) -> int | None:
 def _lasting(path: Path) -> list[dict[str, Any]]:
     """What must be equal however often a run was killed: not seconds, bytes or memory, nor the resumes themselves."""
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    passing = ("seconds", "bytes_sent", "bytes_down", "bytes_up", "peak_rss_bytes")
+    passing = ("seconds", "cpu_seconds", "bytes_sent", "bytes_down", "bytes_up", "peak_rss_bytes")
     kept = [{name: value for name, value in event.items() if name not in passing} for event in events]
     return [event for event in kept if event["event"] not in ("resume", "memory")]
 

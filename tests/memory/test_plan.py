@@ -1,6 +1,7 @@
 """The planner's counts against what the window really keeps, and its choices under a budget."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_what_the_user_fixed_is_never_changed_and_the_refusal_names_a_budget_tha
 
 def test_less_is_predicted_for_less() -> None:
     wide = request(None)
+    wide = replace(wide, config=replace(wide.config, stand_in=False))
     full = predict(wide, Choices(None, 4, False, "int8", 4 * MIB)).predicted_peak_bytes
     for leaner in (
         Choices(3, 4, False, "int8", 4 * MIB),

@@ -282,3 +282,14 @@ def test_post_norm_models_have_no_final_norm_and_pre_norm_models_do(checkpoint: 
     assert llama.is_pre_norm and not checkpoint("bert").open().is_pre_norm
     assert relative_error(llama.final_norm(hidden), checkpoint("llama").reference.norm(hidden)) <= 1e-6
     assert isinstance(llama.layer(0), FrozenLayer)
+
+
+def test_the_cores_threads_are_as_many_as_torchs(checkpoint: Make) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        checkpoint("llama").open()
+        assert native.num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        native.set_num_threads(before)

@@ -87,6 +87,9 @@ def quant_cases() -> list[Case]:
     assert scales is not None
     stored = {"codes_out": codes, "scales_out": scales}
     blocks = aligned((ROWS, COLS // 32 * 20), np.uint8)
+    eight_scales = scale_array("int8", ROWS, COLS)
+    assert eight_scales is not None
+    eight_bit = {"codes_out": code_array("int8", ROWS, COLS), "scales_out": eight_scales}
     return [
         Case(
             "quantize_blocks",
@@ -102,6 +105,15 @@ def quant_cases() -> list[Case]:
             "repack_q4_1",
             {"blocks": blocks, **{name: like(array) for name, array in stored.items()}},
             lambda a: native.repack_q4_1(
+                a["blocks"], num_rows=ROWS, num_cols=COLS, codes_out=a["codes_out"], scales_out=a["scales_out"]
+            ),
+            set(stored),
+            flat=set(stored),
+        ),
+        Case(
+            "repack_q8_0",
+            {"blocks": aligned((ROWS, COLS // 32 * 34), np.uint8), **eight_bit},
+            lambda a: native.repack_q8_0(
                 a["blocks"], num_rows=ROWS, num_cols=COLS, codes_out=a["codes_out"], scales_out=a["scales_out"]
             ),
             set(stored),
@@ -174,7 +186,22 @@ _FIRST = ("hidden", "targets")
 
 def boundary_cases() -> list[Case]:
     record = native.record_bytes("int8", COLS)
+    adapter = {
+        "adapter down_weight": floats(3, COLS),
+        "adapter down_bias": floats(3),
+        "adapter up_weight": floats(COLS, 3),
+        "adapter up_bias": floats(COLS),
+    }
     return [
+        Case(
+            "boundary_encode[adapter]",
+            {"hidden": floats(TOKENS, COLS), **adapter, "out": aligned((TOKENS, record), np.uint8)},
+            lambda a: native.boundary_encode(
+                a["hidden"], adapter=tuple(a[name] for name in adapter), cache_format="int8", out=a["out"]
+            ),
+            {"out"},
+            free={"hidden", "adapter down_weight"},
+        ),
         Case(
             "boundary_encode",
             {"hidden": floats(TOKENS, COLS), "out": aligned((TOKENS, record), np.uint8)},

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ROWS: tuple[frozenset[str], ...] = (
     frozenset(
         {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
-        | {"directions"}
+        | {"directions", "least_squares", "classifier_fit"}
     ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),
     frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
-    frozenset({"profile", "step", "methods", "client", "chain_trainer"}),
+    frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),
-    frozenset({"api", "export", "report"}),
+    frozenset({"api", "exports", "report", "study"}),
     frozenset({"cli", "__init__", "__main__"}),
 )
 FORBIDDEN = {

@@ -9,7 +9,7 @@ import pytest
 from chainfed_engine import stand_in
 from chainfed_engine.errors import NonFiniteLoss
 from chainfed_engine.server import Server
-from chainfed_engine.server.profile import depths_at_once, rows_in_all
+from chainfed_engine.stand_in import depths_at_once, rows_in_all
 from chainfed_engine.types import Arrays, Reply, Task
 from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
@@ -63,7 +63,7 @@ def test_few_clients_make_up_with_more_batches_each() -> None:
 def test_statistics_are_asked_for_a_few_depths_at_a_time_right_before_the_first_round_that_needs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chainfed_engine.server.server.depths_at_once", lambda hidden_size: 2)
+    monkeypatch.setattr("chainfed_engine.stand_in.depths_at_once", lambda hidden_size: 2)
     server = _server(start_layer=0, window=1, rounds=12, samples={"a": 5}, profile_clients=1, clients_per_round=1)
     steps: list[tuple[int, int] | int] = []
     while not server.done:
@@ -90,7 +90,7 @@ def test_a_wide_model_gives_one_depth_and_few_rows_at_a_time() -> None:
 def test_a_server_restored_between_profiles_asks_for_the_same_depths(
     monkeypatch: pytest.MonkeyPatch, killed_after: int
 ) -> None:
-    monkeypatch.setattr("chainfed_engine.server.server.depths_at_once", lambda hidden_size: 2)
+    monkeypatch.setattr("chainfed_engine.stand_in.depths_at_once", lambda hidden_size: 2)
     whole, first, second = (_server(window=1, rounds=8, threshold=0.8) for _ in range(3))
     _advance(whole, 20)
     _advance(first, killed_after)

@@ -44,7 +44,7 @@ def convert(
     """
     chosen = parse_block_format(block_format)
     chosen_head = parse_block_format(head_format) if head_format is not None else default_head_format(chosen)
-    opened = _open(source)
+    opened = open_source(source)
     try:
         return write_store(opened, Path(destination), chosen, chosen_head, progress)
     finally:
@@ -76,7 +76,7 @@ def write_store(
     return destination
 
 
-def _open(source: str | os.PathLike[str]) -> Source:
+def open_source(source: str | os.PathLike[str]) -> Source:
     path = Path(source)
     if path.is_dir():
         return open_folder(path, path.resolve().name)

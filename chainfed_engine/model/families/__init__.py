@@ -1,6 +1,7 @@
 """The architectures the engine runs, one short file each, behind two functions.
 
-`locate(model_type, name)` says where a checkpoint's tensor goes in a layer store (no torch needed);
+`locate(model_type, name)` says where a checkpoint's tensor goes in a layer store, `name_table` has the checkpoint's own
+names (no torch needed for either);
 `family(model_type)` gives the `Family`: how to build a layer, the embeddings and what the layers of a pass share.
 `model_type` is that of a Hugging Face config. A family's modelling code is imported when `family` is first called.
 """
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from chainfed_engine.errors import UnsupportedModel
 from chainfed_engine.model.families import names
-from chainfed_engine.model.families.names import Location
+from chainfed_engine.model.families.names import Location, NameTable
 
 if TYPE_CHECKING:
     from chainfed_engine.model.families.base import Family
 
-__all__ = ["SUPPORTED", "Location", "family", "locate"]
+__all__ = ["SUPPORTED", "Location", "NameTable", "family", "locate", "name_table"]
 
 _NAMES = {
     "bert": names.BERT,
@@ -36,8 +37,13 @@ def locate(model_type: str, name: str) -> Location | None:
     A tied checkpoint's `lm_head.weight` is located as the head like any other; the caller stores the matrix once.
     Raises UnsupportedModel for an architecture that is not in `SUPPORTED`.
     """
+    return names.locate_in(name_table(model_type), name)
+
+
+def name_table(model_type: str) -> NameTable:
+    """The names of a checkpoint of `model_type`. Raises UnsupportedModel."""
     _require(model_type)
-    return names.locate_in(_NAMES[model_type], name)
+    return _NAMES[model_type]
 
 
 @cache

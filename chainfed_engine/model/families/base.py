@@ -28,6 +28,11 @@ class LayerContext:
     masks: Mapping[str, Tensor | None]
     rotary: tuple[Tensor, Tensor] | None
 
+    def to(self, device: torch.device) -> "LayerContext":
+        masks = {kind: None if mask is None else mask.to(device) for kind, mask in self.masks.items()}
+        rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+        return LayerContext(masks, rotary)
+
 
 class Family(ABC):
     """One architecture. Methods that build modules return them on the meta device, in evaluation mode."""
@@ -38,6 +43,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]  # query and value projection, relative to the layer
     pooling: ClassVar[Pooling]  # what the family's own sequence classifier reads
     transform_activation: ClassVar[Literal["tanh", "relu"] | None]  # of the classifier's transform; None: no transform
+    classifier_bias: ClassVar[bool] = True  # whether the library's classification head has one
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The library's config of `values`, set to scaled-dot-product attention. Raises UnsupportedModel."""

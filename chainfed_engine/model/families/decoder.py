@@ -28,6 +28,7 @@ class DecoderFamily(Family):
     lora_targets = ("self_attn.q_proj", "self_attn.v_proj")
     pooling: ClassVar[Pooling] = "last"
     transform_activation: ClassVar[Literal["tanh", "relu"] | None] = None
+    classifier_bias: ClassVar[bool] = False
 
     def layer(self, config: Config, index: int) -> nn.Module:
         return without_weights(lambda: self.layer_class(config, layer_idx=index))

@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensor goes in a layer store: `locate(model_type, name) -> Location | None`.
+"""Where a checkpoint's tensor goes in a layer store (`locate_in`), and the way back (`name_in`).
 
 Enters: a parameter name as a Hugging Face checkpoint spells it (with or without the base model's prefix, with the old
 `gamma`/`beta` names of layer norms). Leaves: the role of the store's file, the layer's index, and the name inside that
@@ -135,3 +135,12 @@ def locate_in(table: NameTable, name: str) -> Location | None:
     if not known or not (index.isascii() and index.isdigit()):
         return None
     return Location("layer", int(index), rest)
+
+
+def name_in(table: NameTable, at: Location) -> str:
+    """The checkpoint's name of what lies at `at`, without the base model's prefix: the inverse of `locate_in`."""
+    if at.role == "head" and table.head is not None:
+        return table.head
+    if at.role == "layer":
+        return f"{table.layers}{at.layer}.{at.name}"
+    return next(name for name, stored in table.others.items() if stored == at.name)

@@ -21,9 +21,6 @@ from chainfed_engine.types import SEED_COEFFICIENTS, Arrays, Reply, Stage, Task
 class SeedSums(Averaging):
     averages_values = False
 
-    def before(self, task: Task) -> Mapping[str, np.ndarray]:
-        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
-
     def __init__(self, config: ChainConfig, model: GlobalModel) -> None:
         super().__init__(config, model)
         self._origin = model.parameters()
@@ -37,6 +34,9 @@ class SeedSums(Averaging):
 
     def expected(self, task: Task) -> Mapping[str, np.ndarray]:
         return {SEED_COEFFICIENTS: self.model.array(SEED_COEFFICIENTS)}
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
 
     def combine(self, replies: Mapping[str, Reply]) -> Arrays:
         """Steps along one direction add up, so the average of walks is the walk of averaged coefficients."""

@@ -20,9 +20,6 @@ from chainfed_engine.types import Arrays, Reply, Scalar, Stage, Task
 class Stacking(Averaging):
     averages_values = False
 
-    def before(self, task: Task) -> Mapping[str, np.ndarray]:
-        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
-
     def needed(self, stage: Stage, start_layer: int) -> tuple[Arrays, dict[str, str]]:
         """The classifier and every base that is not zero; the factors start anew on the client."""
         trained = self.model.trained(stage)
@@ -52,6 +49,11 @@ class Stacking(Averaging):
             elif key.startswith("classifier."):
                 expected[key] = array
         return expected
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        """Factors are measured from nothing, the classifier from the global one."""
+        known = self.expected(task)
+        return {key: array if key.startswith("classifier.") else np.zeros_like(array) for key, array in known.items()}
 
     def combine(self, replies: Mapping[str, Reply]) -> Arrays:
         ordered = [replies[name] for name in sorted(replies)]

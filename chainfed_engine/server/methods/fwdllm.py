@@ -22,12 +22,12 @@ COUNTS = "method.gathered_counts"  # samples, sum of samples^2, sum of samples^2
 class ForwardGradients(Averaging):
     averages_values = False
 
-    def before(self, task: Task) -> Mapping[str, np.ndarray]:
-        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
-
     @classmethod
     def extra_state(cls, config: ChainConfig, initial: Mapping[str, np.ndarray]) -> Arrays:
         return {**{SUMS + key: np.zeros_like(array) for key, array in initial.items()}, COUNTS: np.zeros(4, np.float32)}
+
+    def before(self, task: Task) -> Mapping[str, np.ndarray]:
+        return {key: np.zeros_like(array) for key, array in self.expected(task).items()}
 
     def combine(self, replies: Mapping[str, Reply]) -> Arrays:
         ordered = [replies[name] for name in sorted(replies)]

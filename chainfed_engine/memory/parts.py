@@ -1,0 +1,257 @@
+"""What a run holds at once, in bytes, from shapes alone: the weights, and each phase's live set at its largest.
+
+Counts are floats a token that the library's layers keep (saved for the backward pass) or hold (live), read off their
+modules and checked against measured peaks (tests/memory). They are exact because the heap gives large blocks back at
+once (`lean.py`): what is resident is what is in use. Nothing here opens a file. D hidden size, I intermediate size, A
+query width, K key width, M tokens of a micro-batch, n target tokens among them, r adapter size.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from chainfed_engine import least_squares, stand_in
+from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
+from chainfed_engine.start_layer import lowest_start_layer
+from chainfed_engine.types import ModelShape, TaskKind
+
+if TYPE_CHECKING:
+    from chainfed_engine.memory.device import DeviceFacts
+
+F32, F64 = 4, 8
+MIB = 1 << 20
+# Libraries at work (BLAS buffers, code paged in, the optimizer's imports), thread stacks, objects of a run. Measured.
+WORKING_BYTES = 40 * MIB
+HEAP_BYTES = 12 * MIB  # free memory at the top of the heap (8 MiB) and holes between blocks below 1 MiB
+HEAD_WORKSPACE_BYTES = 4 * MIB
+BATCH_TOKEN_BYTES = 24  # ids, mask and labels of a batch, int64
+MAX_CKA_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class StoreSizes:
+    """Bytes of a store's files by role; `slot_bytes` is the largest file that goes through the ring."""
+
+    layer_bytes: int
+    head_bytes: int
+    embedding_bytes: int
+    slot_bytes: int
+    num_layers: int
+    num_head_shards: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.layer_bytes + self.head_bytes + self.embedding_bytes
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the planner may decide. `num_slots` None: every file stays resident."""
+
+    num_slots: int | None
+    micro_batch: int
+    recompute: bool
+    cache_format: Literal["int8", "bf16", "f32"]
+    fill_bytes: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of the samples. None: the configuration's largest."""
+
+    longest_tokens: int | None = None  # of a sample
+    most_targets: int | None = None  # labelled tokens of a sample (causal LM)
+    largest_client_samples: int | None = None
+    num_clients: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned: `interpreter_bytes` is the process before a model is opened, measured by the caller."""
+
+    shape: ModelShape
+    sizes: StoreSizes
+    config: ChainConfig
+    task: TaskKind
+    interpreter_bytes: int
+    data_bytes: int = 0
+    facts: DataFacts = field(default_factory=DataFacts)
+    device: "DeviceFacts | None" = None  # None: the CPU
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest sample."""
+        longest = self.facts.longest_tokens
+        return self.config.sequence_length if longest is None else min(longest, self.config.sequence_length)
+
+    @property
+    def targets(self) -> int:
+        """Of one sample: rows that the head sees."""
+        if self.task != "causal-lm":
+            return 1
+        return self.tokens if self.facts.most_targets is None else min(self.facts.most_targets, self.tokens)
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.config.batch_size * self.tokens
+
+    @property
+    def window_layers(self) -> int:
+        return window_layers(self.config, self.shape.num_layers)
+
+
+def is_decoder(shape: ModelShape) -> bool:
+    return shape.architecture not in ("bert", "roberta", "distilbert")
+
+
+def window_layers(config: ChainConfig, num_layers: int) -> int:
+    """Layers that a step runs with an adapter each."""
+    if config.method == "fedra":
+        return min(config.random_layers or -(-num_layers // 2), num_layers)
+    if config.method in END_TO_END:
+        return num_layers
+    return 0 if config.method in ("linear-probe", "none") else min(config.window, num_layers)
+
+
+def saved_floats(shape: ModelShape) -> int:
+    """Floats a token that one layer keeps for the backward pass (frozen linears keep none): the inputs of its two
+    norms, queries, keys, values and their result, the activation's inputs; a normed query and key (Qwen3) once more."""
+    attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    if not is_decoder(shape):
+        return 2 * shape.hidden_size + 4 * attention + shape.intermediate_size
+    normed = attention + keys if shape.architecture == "qwen3" else 0
+    return 2 * shape.hidden_size + 2 * attention + 2 * keys + 3 * shape.intermediate_size + normed
+
+
+def live_floats(shape: ModelShape) -> int:
+    """Floats a token that one layer holds at once without a graph, its input and output included."""
+    attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    inside = 6 * attention + 2 * keys
+    return 5 * shape.hidden_size + max(_expanded(shape), inside)
+
+
+def _expanded(shape: ModelShape) -> int:
+    """Floats of the feed-forward part's widest moment, forward (both factors and product) and backward alike."""
+    return (3 if is_decoder(shape) else 2) * shape.intermediate_size
+
+
+def branches(request: Request) -> int:
+    """Rows that the head sees for one target: the auxiliary branch reads it once more where later adapters act."""
+    config = request.config
+    return 2 if config.auxiliary_weight and request.window_layers < request.shape.num_layers else 1
+
+
+def step_bytes(request: Request, choices: Choices) -> int:
+    """One micro-batch forward and backward; the larger of two moments: the head's, the last layer's backward."""
+    shape, config = request.shape, request.config
+    width, layers = shape.hidden_size, request.window_layers
+    tokens = min(choices.micro_batch, config.batch_size) * request.tokens
+    targets = min(choices.micro_batch, config.batch_size) * request.targets
+    adapter = width + 2 * config.adapter_size
+    if config.method in FORWARD_ONLY or not layers:
+        kept, backward = live_floats(shape), 0
+    elif choices.recompute:
+        # Inputs of all layers; one layer is run again, and its graph stands, when its backward begins.
+        kept = (layers + 1) * width
+        backward = saved_floats(shape) + adapter + _expanded(shape) + width
+    else:
+        # The boundary needs no gradient, so the window's first layer keeps nothing.
+        kept = 2 * width + (layers - 1) * saved_floats(shape) + layers * adapter
+        backward = _expanded(shape) + width
+    head = targets * width * (2 + 5 * branches(request)) if request.task == "causal-lm" else 0
+    workspace = HEAD_WORKSPACE_BYTES if request.task == "causal-lm" else 0
+    forward = tokens * max(0, live_floats(shape) - 2 * width)  # of the last layer, before the head's rows exist
+    return F32 * (tokens * kept + max(head, tokens * backward, forward)) + workspace
+
+
+def fill_bytes(request: Request, choices: Choices) -> int:
+    """The prefix over the batches that are held at once; the evaluation's pass ends with a head besides."""
+    width, tokens = request.shape.hidden_size, request.batch_tokens
+    held = max(choices.fill_bytes, F32 * tokens * width)
+    layer = F32 * tokens * live_floats(request.shape)
+    head = F32 * 4 * request.config.batch_size * request.targets * width + HEAD_WORKSPACE_BYTES
+    return held + max(layer, head if request.task == "causal-lm" else 0)
+
+
+def profile_bytes(request: Request) -> int:
+    """The clients' streamed pass for scores and stand-ins."""
+    config, shape = request.config, request.shape
+    if config.method != "chain" or not (config.stand_in or config.start_layer is None):
+        return 0
+    width, tokens = shape.hidden_size, _profile_tokens(request)
+    total = F32 * tokens * width + F32 * request.batch_tokens * live_floats(shape)
+    if config.start_layer is None:
+        rows = min(tokens, MAX_CKA_TOKENS)
+        total += 2 * F32 * rows * width
+        total = max(total, F32 * tokens * width * 3 + 2 * F64 * rows * width + 3 * F64 * min(rows, width) ** 2)
+    if _stand_in_depths(request):
+        rows, depths = _profile_rows(request), _depths_at_once(request)
+        columns = 2 * width + 1
+        kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
+        reducing = F64 * rows * columns * 2 if rows > columns else 0
+        total = max(total + F32 * depths * rows * width, F32 * tokens * width + kept + reducing)
+    return total
+
+
+def solve_bytes(request: Request) -> int:
+    """The server's closed form for one depth, beside the statistics of one exchange."""
+    shape = request.shape
+    if not _stand_in_depths(request):
+        return 0
+    width = shape.hidden_size
+    columns = 2 * width + 1
+    rows = min(_profile_rows(request) * _profile_clients(request), columns)
+    rank = min(rows, width)
+    # Statistics of the exchange (float32 rows, float64 once reduced), one depth's while the next reply is added.
+    one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
+    reply = F32 * min(_profile_rows(request), columns) * columns
+    result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
+    return _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+
+
+def stand_in_bytes(request: Request) -> int:
+    """Fitted maps kept through the run: at every depth where a window may end below the top."""
+    one, width = stand_in_map_bytes(request), request.shape.hidden_size
+    array = one // 2 if one < F32 * width * width else one
+    depths = _stand_in_depths(request)
+    return min(depths, 1 if stand_in.is_large(stand_in.KEY_PREFIX, array) else depths) * one
+
+
+def stand_in_map_bytes(request: Request) -> int:
+    """One depth's map: a square, or two thin factors where fewer rows were seen."""
+    width = request.shape.hidden_size
+    rank = min(_profile_rows(request) * _profile_clients(request), width)
+    return F32 * width * (2 * rank if 2 * rank < width else width)
+
+
+def _profile_clients(request: Request) -> int:
+    return min(request.config.profile_clients, request.facts.num_clients or request.config.profile_clients)
+
+
+def _profile_tokens(request: Request) -> int:
+    """Of one client."""
+    batches = -(-stand_in.BATCHES // _profile_clients(request)) if request.config.stand_in else 1
+    samples = batches * request.config.batch_size
+    if request.facts.largest_client_samples is not None:
+        samples = min(samples, request.facts.largest_client_samples)
+    return samples * request.tokens
+
+
+def _profile_rows(request: Request) -> int:
+    """Of one client and depth: tokens for a causal LM, pooled samples for a classifier."""
+    limit = -(-stand_in.rows_in_all(request.shape.hidden_size) // _profile_clients(request))
+    tokens = _profile_tokens(request)
+    return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
+
+
+def _stand_in_depths(request: Request) -> int:
+    config, shape = request.config, request.shape
+    if config.method != "chain" or not config.stand_in:
+        return 0
+    start = config.start_layer
+    if start is None:
+        start = lowest_start_layer(request.task, shape.num_layers, config.window)
+    return max(0, shape.num_layers - start - config.window)
+
+
+def _depths_at_once(request: Request) -> int:
+    return min(stand_in.depths_at_once(request.shape.hidden_size), _stand_in_depths(request))
