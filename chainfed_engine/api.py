@@ -16,13 +16,8 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-<<<<<<< HEAD
-from chainfed_engine.federation.inputs import encode, keep_labels, plan_run, read_labels
-from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
-=======
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
-from chainfed_engine.federation.run_directory import check_free
->>>>>>> main
+from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo

@@ -4,16 +4,10 @@ Every event carries `round`: the number (from 0) of the round it belongs to or f
 `plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
 over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
-<<<<<<< HEAD
 rounds came and were dropped; `epsilon`, of a private run, what it has spent so far. `profile`: CKA scores and start
-layer. `memory`: peak figures after an exchange.
-`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model.
-=======
-rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
-`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
-that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
-text or null).
->>>>>>> main
+layer. `memory`: peak figures after an exchange. `resume`: a run was taken up; `skipped_states` were damaged. `eval`:
+scores of the whole model. Callbacks see three more that are never written: `phase` (`name`, `total`) and `step`
+(`done`, `total`) of something long, and `end` (`error`: text or null).
 """
 
 import math
@@ -27,13 +21,14 @@ Event = dict[str, Any]
 _SECONDS = "_seconds"
 
 
-<<<<<<< HEAD
 def exchange_event(
-    summary: Summary, *, rounds: int, seconds: Mapping[str, float], epsilon: float | None = None
+    summary: Summary,
+    *,
+    rounds: int,
+    seconds: Mapping[str, float],
+    cpu_seconds: float,
+    epsilon: float | None = None,
 ) -> Event:
-=======
-def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float], cpu_seconds: float) -> Event:
->>>>>>> main
     """`round` or `profile`. `bytes_sent`: arrays carried, both ways; `seconds`: parts measured by clients (`prepare`,
     `train`; summed over them) and here (`transport`, which includes them, and `server`). `cpu_seconds`: of all threads
     of this process during the exchange."""

@@ -35,13 +35,9 @@ def run_rounds(
         server.forget(journal.answered)  # what they hold was sent by a server that is gone
         server_seconds = time.perf_counter() - started - replies.seconds
         seconds = {"transport": replies.seconds, "server": server_seconds}
-<<<<<<< HEAD
         spent = epsilon(server.config, num_clients=len(server.client_samples), rounds=server.round_id)
-        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, epsilon=spent))
-=======
         cpu_seconds = time.process_time() - cpu_started
-        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds))
->>>>>>> main
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds, epsilon=spent))
         directory.save(server.state())
         after_exchange(summary)
 

@@ -291,15 +291,10 @@ class Server:
             aggregation=config.aggregation,
             hostile_share=config.hostile_share,
         )
-<<<<<<< HEAD
-        if collector.usable:
-            self._model.update(self.combiner.combine(collector.usable, stage, round_id))
-=======
         if collector.usable and self._plan.fits_classifier(stage):
             self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
         elif collector.usable:
-            self._model.update(self._method.combine(collector.usable))
->>>>>>> main
+            self._model.update(self.combiner.combine(collector.usable, stage, round_id))
         self._typical_size = collector.typical_size
         self._round_id += 1
         return Summary(
@@ -384,25 +379,3 @@ class Server:
 
     def _identity(self) -> dict[str, Any]:
         return saved.identity(self.config, self.shape, self.task, self.client_samples, self.client_windows, self.base)
-
-<<<<<<< HEAD
-
-def _num_bytes(arrays: object) -> int:
-    values = arrays.values() if isinstance(arrays, Mapping) else ()
-    return sum(array.nbytes for array in values if isinstance(array, np.ndarray))
-=======
-    def _check_start_layer(self, progress: saved.Progress) -> None:
-        fixed = self._plan.fixed_start_layer()
-        found = progress.start_layer
-        if found != fixed and (fixed is not None or found is None):
-            raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
-        if found is None:
-            possible = range(0)
-            if progress.round_id > 0:
-                raise CorruptFile("saved state: rounds without a start layer; start a new run")
-        else:
-            self._plan.stage(0, found)  # raises where the layer is beyond the model
-            possible = self._plan.stand_in_depths(found)
-        if not set(progress.stand_in_depths) <= set(possible):
-            raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
->>>>>>> main
