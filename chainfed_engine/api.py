@@ -17,7 +17,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
-from chainfed_engine.federation.run_directory import check_free
+from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
@@ -38,7 +38,9 @@ class Result:
         target = Path(path)
         if target.exists():
             raise StorageError(f"{target}: exists already; choose another folder")
-        shutil.copytree(self.directory, target, ignore=shutil.ignore_patterns("cache", "lock"))
+        shutil.copytree(
+            self.directory, target, ignore=shutil.ignore_patterns("cache", "lock", NOISE_KEY_FILE, "flower")
+        )
         return target
 
 
