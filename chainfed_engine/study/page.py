@@ -58,7 +58,7 @@ def _charts(study: Study, rows: Sequence[Row]) -> str:
     )
     measure = rows[0].measure.replace("_", " ")
     curves = {method: mean_curve([row for row in rows if row.method == method]) for method in study.methods}
-    cards = []
+    cards: list[str] = []
     for methods in _groups(study):
         lines = {method: curves[method] for method in methods if curves[method]}
         if set(lines) <= {study.reference} and cards:
