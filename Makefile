@@ -8,6 +8,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
+WHEEL_TESTS := tests/native tests/report tests/callbacks tests/test_schedule.py tests/test_boundary.py tests/test_api.py
 CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
@@ -120,6 +121,30 @@ wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment
 	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && wheel-venv/bin/chainfed doctor
 	@ls -l dist
+
+test-wheel: wheel  ## the tests that need no source tree, on the installed wheel of an sdist unpacked elsewhere
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(PIP) install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --quiet --sdist --outdir build/sdist .
+	cd build/sdist && tar -xzf *.tar.gz && rm -rf wheel && ../../$(VENV)/bin/python -m pip wheel --quiet ./chainfed_engine-*/ --no-deps --wheel-dir wheel
+	build/wheel-venv/bin/python -m pip install --quiet --force-reinstall --no-deps build/sdist/wheel/*.whl
+	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
+	rm -rf build/wheel-tests && mkdir build/wheel-tests && cp -r tests pyproject.toml build/wheel-tests
+	cd build/wheel-tests && ../wheel-venv/bin/python -m pytest -q --timeout 600 $(WHEEL_TESTS)
+
+# pip takes the oldest versions that pyproject.toml allows, as constraints-lowest.txt pins them; torch alone is the current
+# one, because old builds of it for the CPU are not to be had everywhere.
+test-lowest: build  ## the Python tests with the oldest dependencies
+	$(PYTHON) -m venv --clear build/lowest-venv
+	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools cmake ninja pybind11
+	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints-lowest.txt transformers safetensors tokenizers numpy \
+	  rich jinja2 pytest pytest-timeout hypothesis pandas
+	build/lowest-venv/bin/python -m pytest -q --timeout 600 --ignore tests/rules
+
+docs: build  ## the site in docs/_build/html, without a network
+	$(INSTALL) sphinx furo myst-parser
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 clean:  ## remove everything that was built and the virtual environment
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

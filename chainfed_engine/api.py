@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from chainfed_engine import data
 from chainfed_engine.callbacks import Callback, notify
@@ -16,7 +16,7 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.inputs import encode, keep_labels, plan_run, read_labels
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
@@ -69,24 +69,42 @@ def fit(
     label: str | None = None,
     prompt: str = "prompt",
     response: str | None = None,
+    messages: str | None = None,
     client: str = "client",
+    missing: Literal["error", "drop"] = "error",
     out: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
-    Examples are lists of dicts, a data frame or a `datasets.Dataset`. The task follows from the columns: `label`
-    (classification) or `response` (causal LM); both default to the column of that name if it is there. `out` keeps
-    the run directory; without it the result's `save` does. `callbacks` see every event (chainfed_engine.callbacks), and
-    so does the function `on_event`.
+    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
+    The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
+    response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
+    leaves out rows with a blank, "error" names the first. `out` keeps the run directory; without it the result's `save`
+    does. `callbacks` see every event (chainfed_engine.callbacks), and so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
     names = set(table.columns)
-    if label is None and response is None:
-        label, response = ("label", None) if "label" in names else (None, "response")
-    columns = DataConfig(train="(in memory)", text=text, label=label, prompt=prompt, response=response, client=column)
+    if label is None and response is None and messages is None:
+        found = next((name for name in ("label", "response", "messages") if name in names), None)
+        if found is None:
+            raise DataError(
+                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+                f"{', '.join(map(repr, sorted(names - {column})))}"
+            )
+        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+    columns = DataConfig(
+        train="(in memory)",
+        text=text,
+        label=label,
+        prompt=prompt,
+        response=response,
+        messages=messages,
+        missing=missing,
+        client=column,
+    )
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
     run_config = RunConfig(chain=config, data=columns, store=str(Path(store).absolute()))
     if out is not None:
@@ -122,7 +140,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
     config = load_config(run_dir / "config.toml")
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
-    table = data.read_table(data_file, config.data.columns)
+    table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     trainer = open_trainer(
         Path(config.store),
@@ -166,6 +184,7 @@ def _train(
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     config = _with_pooling(config)
+    table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)

@@ -18,20 +18,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
-from chainfed_engine.types import Arrays, Batch, Stage, TaskKind
+from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
 
 
 class ChainTrainer:
@@ -64,6 +65,7 @@ class ChainTrainer:
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
+        self._classifier_factor: np.ndarray[Any, Any] | None = None
         self._stage_begun = False
         self._callbacks = callbacks
         self._losses: list[float] = []
@@ -89,14 +91,18 @@ class ChainTrainer:
         return found
 
     def step(self, batch: Mapping[str, Any] | Batch) -> float:
-        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has."""
+        """One optimizer update of the current window; returns the loss. The first call profiles if nobody has.
+
+        In a probe stage nothing is updated: `advance` fits the classifier in closed form to the batches it was given.
+        """
         batch = as_batch(batch)
         if self._schedule is None:
             self.profile(batch)
-        if not self._stage_begun:
+        probes = self.stage.kind == "probe"
+        if not probes and not self._stage_begun:
             self._begin()
         started = time.perf_counter()
-        self._losses.append(self._trainer.step(batch))
+        self._losses.append(self._probe(batch) if probes else self._trainer.step(batch))
         self._seconds += time.perf_counter() - started
         return self._losses[-1]
 
@@ -104,6 +110,9 @@ class ChainTrainer:
         """Freeze the window where it is, move to the next, push the cache up; None when the schedule is over."""
         if self._schedule is None:
             raise InvalidArgument("advance: nothing was trained yet; call step first")
+        if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
+            num_labels = len(self._arrays[classifier_key("out_weight")])
+            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels))
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
@@ -112,6 +121,8 @@ class ChainTrainer:
         self.round_id += 1
         if self.done:
             return None
+        if self.stage.kind == "probe":
+            return self.stage
         self._begin()
         self._trainer.prepare([])
         return self.stage
@@ -160,6 +171,12 @@ class ChainTrainer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _probe(self, batch: Batch) -> float:
+        statistics, loss = self._trainer.classifier_statistics([batch], self._arrays)
+        known = [] if self._classifier_factor is None else [self._classifier_factor]
+        self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
+        return loss
+
     def _report_round(self) -> None:
         """`round` and `memory` events of the stage that ends; `seconds`: the steps alone, without the caller's data."""
         window, losses = self.stage.window, self._losses
@@ -183,7 +200,7 @@ class ChainTrainer:
         if self.config.stand_in and stop < self.model.num_layers:
             sums = self._trainer.profile(self._calibration, self._arrays, depths=[stop])
             sums.pop("cka")
-            stand_ins = stand_in.solve(sums, ridge=self.config.stand_in_ridge)
+            stand_ins = self._with_classifier(stand_in.solve(sums, ridge=self.config.stand_in_ridge), stop)
         origin = self._schedule.start_layer if self._schedule else stage.window.start
         self._trainer.begin(
             stage,
@@ -194,11 +211,20 @@ class ChainTrainer:
         )
         self._stage_begun = True
 
+    def _with_classifier(self, solved: Arrays, depth: int) -> Arrays:
+        config = self.config
+        is_fitted = self._classifier_factor is not None
+        if config.train_classifier == "always" or config.foresight_every or not is_fitted:
+            return solved
+        if not stand_in.is_linear_readout(self.model.shape.architecture, self._arrays):
+            return solved
+        out = (self._arrays[classifier_key(name)] for name in ("out_weight", "out_bias"))
+        return stand_in.with_classifier(solved, depth, *out)
+
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        return Schedule(
-            config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, config.probe_rounds
-        )
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
+        return Schedule(config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:

@@ -18,7 +18,7 @@ Matrix = np.ndarray[Any, Any]
 RIDGES = tuple(10.0**exponent for exponent in np.arange(-4.0, 1.51, 0.25))  # tried by cross-validation
 # With effective parameters close to the number of rows the cross-validation score is 0/0 and picks interpolation.
 MAX_FREEDOM_SHARE = 0.7
-_BLOCK_COLUMNS = 512
+BLOCK_COLUMNS = 128  # centred at a time
 
 
 def factor(x: Matrix, y: Matrix) -> Matrix:
@@ -118,8 +118,8 @@ class _Centred:
         return sum(float((block**2).sum()) for _, block in self.blocks(columns))
 
     def _raw(self, columns: slice) -> Iterator[tuple[slice, Matrix]]:
-        for begin in range(columns.start, columns.stop, _BLOCK_COLUMNS):
-            part = slice(begin, min(begin + _BLOCK_COLUMNS, columns.stop))
+        for begin in range(columns.start, columns.stop, BLOCK_COLUMNS):
+            part = slice(begin, min(begin + BLOCK_COLUMNS, columns.stop))
             yield part, self._factor[:, part].astype(np.float64)
 
 

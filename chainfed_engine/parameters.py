@@ -44,9 +44,10 @@ class Parameters:
             self._changed(key)
             self._loaded[key] = array
 
-    def train_only(self, window: Window) -> list[nn.Parameter]:
-        """Let gradient flow to the window's adapters and the classifier alone; returns them in a fixed order."""
-        keys = self.keys(window)
+    def train_only(self, window: Window, *, classifier: bool = True) -> list[nn.Parameter]:
+        """Let gradient flow to the window's adapters and (`classifier`) the classifier alone; returns them in a fixed
+        order."""
+        keys = self.keys(window, classifier=classifier)
         for key, parameter in self._tensors.items():
             parameter.requires_grad_(key in keys)
             parameter.grad = None
@@ -58,16 +59,16 @@ class Parameters:
         """Every parameter, trained or not."""
         return list(self._tensors.values())
 
-    def keys(self, window: Window) -> list[str]:
+    def keys(self, window: Window, *, classifier: bool = True) -> list[str]:
         """Keys trained in a stage with this window."""
         layers = {
             adapter_key(layer, name) for layer in window.layers for name, _ in self.adapters[layer].named_parameters()
         }
-        return [key for key in self._tensors if key in layers or key.startswith("classifier.")]
+        return [key for key in self._tensors if key in layers or (classifier and key.startswith("classifier."))]
 
-    def export(self, window: Window | None = None) -> Arrays:
+    def export(self, window: Window | None = None, *, classifier: bool = True) -> Arrays:
         """float32 copies of the parameters trained with `window`, or of all."""
-        keys: Iterable[str] = self._tensors if window is None else self.keys(window)
+        keys: Iterable[str] = self._tensors if window is None else self.keys(window, classifier=classifier)
         return {key: self._tensors[key].detach().numpy().copy() for key in keys}
 
     def hash_below(self, layer: int) -> str:

@@ -2,8 +2,8 @@
 
 *continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
 refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the
-rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds that train the classifier alone on the
-untrained model's features. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters,
+rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds for the classifier alone, on the untrained
+model's features. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters,
 stride one).
 """
 
@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.types import Stage, Window
+from chainfed_engine.types import Stage, TaskKind, Window
 
 ScheduleKind = Literal["continuous", "train-and-freeze"]
+MOST_PROBE_ROUNDS = 4
+
+
+def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind, aggregation: str) -> int:
+    """Rounds for the classifier alone; "auto" (None): a fifth, 1 to 4, of at least three rounds; none without a
+    classifier, and none where single clients are not trusted, for statistics are summed and one client's can outweigh
+    all others."""
+    if chosen is not None:
+        return chosen
+    if task != "classification" or aggregation != "mean" or rounds < 3:
+        return 0
+    return min(MOST_PROBE_ROUNDS, max(1, rounds // 5))
 
 
 @dataclass(frozen=True)

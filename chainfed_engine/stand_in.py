@@ -2,20 +2,27 @@
 
 With it the one final head makes sense at every depth: local loss = head(stand_in(h)). A client sends the least-squares
 factor of its rows (`least_squares.py`); the server merges and solves. NumPy only. Source: our own.
+
+Where nothing but a linear classifier follows the final hidden state, a classifier that is not trained below the top and
+the stand-in are one affine map to C logits: that is all a client needs there, C x D numbers instead of D x D.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from chainfed_engine import least_squares
 from chainfed_engine.errors import InconsistentUpdates
-from chainfed_engine.types import Arrays, stand_in_key
+from chainfed_engine.types import Arrays, classifier_key, stand_in_key
 
 Matrix = np.ndarray[Any, Any]
+ENCODERS = ("bert", "roberta", "distilbert")  # no norm between the last layer and the head
 BATCHES = 16  # of all clients together; a map of D x D numbers wants as many rows as it can get
 _GROUP_BYTES = 32 << 20  # float32 statistics of one exchange
 _ROW_BYTES = 64 << 20  # float32 rows of all clients together, for one depth
+_LARGE_BYTES = 8 << 20  # of one array of a map
+KEY_PREFIX = stand_in_key(0, "").split("0")[0]
 _SQUARED_WIDTH_ROWS = 1 << 34  # rows times D squared: bounds the solution of wide models, two factors [rows, D]
 
 
@@ -27,6 +34,16 @@ def depths_at_once(hidden_size: int) -> int:
 def rows_in_all(hidden_size: int) -> int:
     """How many rows all clients together may give for one depth: 14551 for D = 576, 1024 for D = 4096."""
     return max(1, min(_ROW_BYTES // (4 * (2 * hidden_size + 1)), _SQUARED_WIDTH_ROWS // hidden_size**2))
+
+
+def large_depths(arrays: Mapping[str, Matrix]) -> set[int]:
+    """Depths whose map is too large to be kept beside another's (D of about 1500 and more): server and clients hold one
+    such map at a time, and it is fitted anew when its window comes round again."""
+    return {int(key.split(".")[1]) for key, array in arrays.items() if is_large(key, array.nbytes)}
+
+
+def is_large(key: str, num_bytes: int) -> bool:
+    return key.startswith(KEY_PREFIX) and num_bytes >= _LARGE_BYTES
 
 
 def statistics(depth: int, x: Matrix, y: Matrix) -> Arrays:
@@ -57,6 +74,30 @@ def solve(sums: Arrays, *, ridge: float | None = None) -> Arrays:
         for name, value in _solve_one(factor, ridge).items():
             solved[stand_in_key(depth, name)] = np.ascontiguousarray(value, dtype=np.float32)
     return solved
+
+
+def is_linear_readout(architecture: str, parameters: Iterable[str]) -> bool:
+    """Whether the classifier among these parameter names is one linear map of the pooled final hidden state."""
+    names = set(parameters)
+    return (
+        architecture in ENCODERS
+        and classifier_key("out_weight") in names
+        and classifier_key("transform_weight") not in names
+    )
+
+
+def with_classifier(solved: Arrays, depth: int, out_weight: Matrix, out_bias: Matrix) -> Arrays:
+    """Stand-in at `depth` and classifier [C, D], [C] as one map: `logit_weight` float32 [C, D], `logit_bias` [C]."""
+    if stand_in_key(depth, "weight") in solved:
+        weight = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "weight")]
+    else:
+        thin = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "out_weight")]
+        weight = thin @ solved[stand_in_key(depth, "in_weight")]
+    bias = out_weight.astype(np.float64) @ solved[stand_in_key(depth, "bias")] + out_bias
+    return {
+        stand_in_key(depth, "logit_weight"): np.ascontiguousarray(weight, dtype=np.float32),
+        stand_in_key(depth, "logit_bias"): np.ascontiguousarray(bias, dtype=np.float32),
+    }
 
 
 def _solve_one(factor: Matrix, ridge: float | None) -> Arrays:

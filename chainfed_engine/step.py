@@ -14,18 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chainfed_engine import native
+from chainfed_engine import classifier_fit, native
 from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
-from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective
+from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective, require_labels
 from chainfed_engine.objective.stand_in import StandIn
 from chainfed_engine.parameters import Parameters
 from chainfed_engine.prefix import DEFAULT_FILL_BYTES, Prefix, is_active
 from chainfed_engine.prefix.supply import BoundarySupply
 from chainfed_engine.profile import profile
-from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind
+from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind, Window
 from chainfed_engine.window import TrainedWindow
 
 BATCHES_A_TRIM = 16
@@ -51,11 +52,11 @@ class StageTrainer:
     ) -> None:
         self.model, self.config, self.task = model, config, task
         self.micro_batch, self.recompute = micro_batch, recompute
-        classifier = None
+        self.classifier: Classifier | None = None
         if task == "classification":
             if num_labels < 2:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
-            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
+            self.classifier = classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
                 classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
@@ -66,9 +67,11 @@ class StageTrainer:
                 )
             self.readout = CausalReadout(model.final_norm, model.head)
         self.adapters: dict[int, Adapter] = {layer: self.new_adapter(layer) for layer in range(model.num_layers)}
-        self.parameters = Parameters(self.adapters, classifier)
+        self.parameters = Parameters(self.adapters, self.classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
+        self.end_objective = Objective(self.readout, None, [], 0.0, at_top=True)
         self.window: TrainedWindow | None = None
+        self.above: TrainedWindow | None = None
         self._supply: BoundarySupply | None = None
 
     def new_adapter(self, layer: int) -> Adapter:
@@ -108,7 +111,10 @@ class StageTrainer:
             self.window = None  # the old window's small parameters go before the new one's come
             self.window = TrainedWindow(self.model, window, self.adapters, recompute=self.recompute)
         self.objective = self._objective(arrays)
-        trained = self.parameters.train_only(window)
+        self.above = self._layers_above(window)
+        self._step_index = 0
+        self._trains_classifier = not StandIn.holds_classifier(arrays, window.stop)
+        trained = self.parameters.train_only(window, classifier=self._trains_classifier)
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
 
     def prepare(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -122,11 +128,15 @@ class StageTrainer:
         """One optimizer update on one batch, micro-batch by micro-batch; returns the loss before it."""
         if self.window is None:
             raise InvalidArgument("step: no stage has begun; call begin first")
+        foresees = self.above is not None and self._step_index % self.config.foresight_every == 0
+        self._step_index += 1
         total = 0.0
         for micro, share in self._micro_batches(batch):
-            boundary = self.boundary(micro)
-            hidden = self.window(boundary, self.model.context(micro))
-            loss = self.objective(hidden, micro) * share
+            context = self.model.context(micro)
+            hidden = self.window(self.boundary(micro), context)
+            if foresees and self.above is not None:
+                hidden = self.above(hidden, context)
+            loss = (self.end_objective if foresees else self.objective)(hidden, micro) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -143,8 +153,9 @@ class StageTrainer:
         return self.model.embed(batch) if self._supply is None else self._supply.get(batch)
 
     def trained(self) -> Arrays:
-        """The stage's trained parameters, float32 copies: the window's adapters and the classifier."""
-        return self.parameters.export(self.stage.window)
+        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier unless it came
+        as a part of the stand-in."""
+        return self.parameters.export(self.stage.window, classifier=self._trains_classifier)
 
     def end(self) -> None:
         """Close the site's cache; samples added by `step` stay in it."""
@@ -175,6 +186,23 @@ class StageTrainer:
         )
         native.trim_heap()
         return statistics
+
+    @torch.no_grad()
+    def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
+        """What the closed-form classifier is fitted on: the least-squares factor of the final features and labels of
+        these batches under the parameters in `arrays`, and the mean loss of the classifier as it is."""
+        if self.classifier is None or not isinstance(self.readout, ClassificationReadout):
+            raise InvalidArgument("classifier_statistics: expected a classification task, got a causal LM")
+        self.parameters.load(arrays)
+        features, labels, loss = [], [], 0.0
+        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+            loss += float(self.readout.scores(hidden, batch)[0].sum())
+            features.append(self.classifier.transformed(self.readout.features(hidden, batch)))
+            labels.append(require_labels(batch))
+        native.trim_heap()
+        rows, targets = torch.cat(features), torch.cat(labels)
+        statistics = classifier_fit.statistics(rows.numpy(), targets.numpy(), self.classifier.num_labels)
+        return statistics, loss / len(targets)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
@@ -215,6 +243,17 @@ class StageTrainer:
         later = [self.adapters[layer] for layer in range(stop, self.model.num_layers)]
         active = [adapter for adapter in later if is_active(adapter)]
         return Objective(self.readout, stand_in, active, self.config.auxiliary_weight, at_top)
+
+    def _layers_above(self, window: Window) -> TrainedWindow | None:
+        """The layers above the window for streamed foresight, one of them in memory at a time: the backward pass runs
+        each again from its input. Their adapters are read, not trained."""
+        above = Window(window.stop, self.model.num_layers)
+        if self.stage.kind == "probe" or not self.config.foresight_every or above.size == 0:
+            return None
+        if self.above is not None and self.above.window == above:
+            return self.above
+        self.above = None  # its small parameters go before the new ones come
+        return TrainedWindow(self.model, above, self.adapters, recompute=True)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""

@@ -211,3 +211,47 @@ def test_plan_adds_up_and_shrinks_with_the_budget(stores: dict[str, Path]) -> No
 def test_a_table_without_a_client_column_is_refused(stores: dict[str, Path]) -> None:
     with pytest.raises(DataError, match="client"):
         cfe.fit(stores["bert"], examples(4), CONFIG)
+
+
+def test_conversations_are_learned_and_evaluated(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = with_chat_template(stores["llama"], tmp_path)
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "abcabc"}]
+    rows = {"anna": [{"messages": turns * 2}] * 6, "ben": [{"messages": turns}] * 3}
+    from dataclasses import replace
+
+    config = replace(CONFIG, sequence_length=64, start_layer=0)
+    result = cfe.fit(store, rows, config, evaluation=rows["ben"], out=tmp_path / "run")
+    assert result.evaluation["token_loss"] is not None
+    (tmp_path / "eval.jsonl").write_text(json.dumps(rows["ben"][0]) + "\n")
+    assert cfe.evaluate(tmp_path / "run", tmp_path / "eval.jsonl")["num_target_tokens"] == 7.0
+
+
+def with_chat_template(store: Path, folder: Path) -> Path:
+    import hashlib
+    import shutil
+
+    shutil.copytree(store, folder / "store")
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (folder / "store" / "tokenizer" / "chat_template.jinja").write_text(template)
+    content = json.loads((folder / "store" / "store.json").read_text())
+    record = {"name": "chat_template.jinja", "bytes": len(template)}
+    content["tokenizer_files"].append({**record, "sha256": hashlib.sha256(template.encode()).hexdigest()})
+    (folder / "store" / "store.json").write_text(json.dumps(content))
+    return folder / "store"
+
+
+def test_rows_with_blanks_are_refused_by_line_or_left_out_openly(stores: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, stores["bert"]))
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write(",bad,anna\n good film, ,ben\n")
+    with pytest.raises(DataError, match=r"line 36: .*missing = \"drop\""):
+        api.run(config, tmp_path / "out")
+    dropping = load_config(tmp_path / "run.toml", ["data.missing=drop"])
+    with pytest.warns(UserWarning, match="2 of 35 rows lack a value and are left out"):
+        api.run(dropping, tmp_path / "out")
+
+
+def test_a_table_with_none_of_the_columns_names_those_it_has(stores: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"'label', 'response' or 'messages'.* there are 'sentiment', 'text'"):
+        cfe.fit(stores["bert"], {"anna": [{"text": "a", "sentiment": "b"}]}, CONFIG)

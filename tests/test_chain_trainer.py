@@ -34,7 +34,7 @@ def test_two_sweeps_of_the_chain_lower_the_loss_of_the_whole_model(
     checkpoint: Callable[..., Checkpoint], name: str, head: str, labelled: str, adapter: str
 ) -> None:
     data = loader(labelled)
-    config = ChainConfig(window=1, rounds=6, start_layer=0, adapter=adapter, adapter_size=4, lr=3e-3)  # type: ignore[arg-type]
+    config = ChainConfig(window=1, rounds=6, probe_rounds=0, start_layer=0, adapter=adapter, adapter_size=4, lr=3e-3)  # type: ignore[arg-type]
     measure = "loss" if labelled == "classes" else "token_loss"
     with ChainTrainer(checkpoint(name, head).open(), config, num_labels=2 if labelled == "classes" else 0) as trainer:
         before = trainer.evaluate(data)[measure]
@@ -49,6 +49,19 @@ def test_two_sweeps_of_the_chain_lower_the_loss_of_the_whole_model(
             trainer.advance()
         assert windows == [0, 1, 2, 0, 1, 2]
         assert trainer.evaluate(data)[measure] < before
+
+
+def test_probing_fits_the_classifier_to_the_batches_it_is_given(checkpoint: Callable[..., Checkpoint]) -> None:
+    data = loader("classes")
+    config = ChainConfig(window=1, rounds=2, probe_rounds=1, start_layer=0, adapter_size=4)
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
+        before = trainer.state_dict()
+        losses = [trainer.step(batch) for batch in data]
+        stage = trainer.advance()
+        assert stage is not None and stage.kind == "window"
+        changed = {key for key, value in trainer.state_dict().items() if value.tobytes() != before[key].tobytes()}
+        assert changed == {"classifier.out_weight", "classifier.out_bias"}
+        assert trainer.evaluate(data)["loss"] < float(np.mean(losses))
 
 
 def test_the_state_moves_to_another_trainer(checkpoint: Callable[..., Checkpoint]) -> None:

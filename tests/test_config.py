@@ -64,7 +64,7 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("[chain]\nprobe_rounds = 30", r"\[chain\] probe_rounds: expected at most \[chain\] rounds \(24\)"),
         ("[memory]\nbudget = '1 Gigabyte'", r"\[memory\] budget: expected a size in bytes such as"),
         ("[memory]\nbudget = 17", r"\[memory\] budget: expected a number from 1048576"),
-        ("response = 'answer'", r"\[data\]: expected label .* got both"),
+        ("response = 'answer'", r"\[data\]: expected .* got label and response"),
     ],
 )
 def test_mistakes_name_file_table_key_and_remedy(tmp_path: Path, addition: str, message: str) -> None:
@@ -80,7 +80,7 @@ def test_mistakes_name_file_table_key_and_remedy(tmp_path: Path, addition: str, 
         ("store = 'x'", r"store: expected a table \[store\]"),
         ("[model", "not a TOML file"),
         ("[model]\nstore = 's'", r"\[data\] train: expected the path"),
-        ("[model]\nstore = 's'\n[data]\ntrain = 'a'", r"\[data\]: expected label .* got neither"),
+        ("[model]\nstore = 's'\n[data]\ntrain = 'a'", r"\[data\]: expected .* got none of them"),
         (
             "[model]\nstore = 's'\n[data]\ntrain = 'a'\nresponse = 'b'\npartition = 'dirichlet'",
             r"\"dirichlet\" needs \[data\] label",

@@ -62,3 +62,30 @@ def test_a_client_with_other_shapes_is_refused() -> None:
     wide_x, wide_y = _rows(5, 9, 1)
     with pytest.raises(InconsistentUpdates, match="differs between clients"):
         stand_in.merge([stand_in.statistics(1, x, y), stand_in.statistics(1, wide_x, wide_y)])
+
+
+@pytest.mark.parametrize("n", [5, 400])
+def test_stand_in_and_classifier_as_one_map_give_the_same_logits(n: int) -> None:
+    x, y = _rows(n, 12, 0)
+    rng = np.random.default_rng(1)
+    out_weight, out_bias = rng.normal(size=(3, 12)).astype(np.float32), rng.normal(size=3).astype(np.float32)
+    solved = stand_in.solve(stand_in.merge([stand_in.statistics(2, x, y)]), ridge=0.1)
+    one = stand_in.with_classifier(solved, 2, out_weight, out_bias)
+    logits = x @ one["stand_in.2.logit_weight"].T + one["stand_in.2.logit_bias"]
+    np.testing.assert_allclose(logits, _apply(solved, 2, x) @ out_weight.T + out_bias, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "expected"),
+    [
+        ("bert", ["out_weight", "out_bias"], True),
+        ("roberta", ["transform_weight", "out_weight"], False),
+        ("llama", ["out_weight"], False),
+        ("bert", [], False),
+    ],
+)
+def test_only_a_linear_classifier_right_after_the_last_layer_can_be_merged(
+    architecture: str, names: list[str], expected: bool
+) -> None:
+    keys = [f"classifier.{name}" for name in names]
+    assert stand_in.is_linear_readout(architecture, keys) is expected

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.step import StageTrainer
@@ -316,3 +317,76 @@ def test_batches_that_cannot_be_trained_on_are_refused(
     change(batch)
     with pytest.raises(InvalidArgument, match=message):
         one.step(batch)
+
+
+def test_statistics_of_the_classifier_are_those_of_the_features_it_reads(
+    model: Checkpoint, ended: list[StageTrainer]
+) -> None:
+    each = trainer(model)
+    ended.append(each)
+    arrays = trained_adapters(each)
+    statistics, loss = each.classifier_statistics(batches(), arrays)
+    factor = statistics["classifier.factor"].astype(np.float64)
+    rows, labels = [], []
+    for batch, hidden in each.prefix.sweep(batches(), range(each.model.num_layers)):
+        rows.append(each.model.final_norm(each.classifier.pool(hidden, batch.attention_mask)).double().numpy())
+        labels.append(np.eye(3)[batch.labels])
+    stacked = np.concatenate([np.concatenate(rows), np.ones((9, 1)), np.concatenate(labels)], axis=1)
+    np.testing.assert_allclose(factor.T @ factor, stacked.T @ stacked, rtol=1e-4, atol=1e-3)
+    assert loss == pytest.approx(each.evaluate(batches(), arrays)["loss"], rel=1e-5)
+
+
+def test_foresight_takes_the_gradient_of_the_whole_model(model: Checkpoint, ended: list[StageTrainer]) -> None:
+    """The window's adapters move as if every layer above were in the graph; the adapters above do not move."""
+    labelled = "classes" if "bert" in str(model.open().shape.architecture) else "tokens"
+    labels = 3 if labelled == "classes" else 0
+    foreseeing = trainer(model, labels=labels, foresight_every=1, lr=LR)
+    whole = trainer(model, labels=labels, lr=LR)
+    ended += [foreseeing, whole]
+    arrays = trained_adapters(whole)
+    foreseeing.begin(window(0, 1), arrays, cache_dir=None, lr=LR)
+    whole.begin(window(0, 3), arrays, cache_dir=None, lr=LR)
+    batch = batches(labelled)[0]
+    assert foreseeing.step(batch) == pytest.approx(whole.step(batch), rel=1e-5)
+    ours, theirs = foreseeing.trained(), whole.trained()
+    assert all(not key.startswith(("adapters.1", "adapters.2")) for key in ours)
+    for key, value in ours.items():
+        assert not np.array_equal(value, arrays[key]) or key.endswith("down_bias")
+        np.testing.assert_allclose(value, theirs[key], atol=2e-4)
+
+
+def test_foresight_every_second_step_alternates_with_the_stand_in_free_local_loss(
+    model: Checkpoint, ended: list[StageTrainer]
+) -> None:
+    labels = 3 if model.open().shape.architecture == "bert" else 0
+    batch = batches("classes" if labels else "tokens")[0]
+    local, every_second = trainer(model, labels=labels), trainer(model, labels=labels, foresight_every=2)
+    ended += [local, every_second]
+    arrays = trained_adapters(local)
+    for each in (local, every_second):
+        each.begin(window(0, 1), arrays, cache_dir=None, lr=1e-12)
+    local_losses = [local.step(batch) for _ in range(2)]
+    mixed = [every_second.step(batch) for _ in range(2)]
+    assert mixed[1] == pytest.approx(local_losses[1], rel=1e-4)
+    assert abs(mixed[0] - local_losses[0]) > 1e-3
+
+
+def test_a_classifier_inside_the_stand_in_gives_the_same_step_and_stays_as_it_is(
+    checkpoint: Callable[..., Checkpoint], ended: list[StageTrainer]
+) -> None:
+    options = {"stand_in": True, "auxiliary_weight": 0.5}
+    apart, merged = (trainer(checkpoint("bert"), **options) for _ in range(2))
+    ended += [apart, merged]
+    arrays = trained_adapters(apart)
+    solved = stand_in.solve(apart.profile(batches(), arrays, depths=[1], with_scores=False), ridge=0.1)
+    out = [arrays[f"classifier.{name}"] for name in ("out_weight", "out_bias")]
+    one = stand_in.with_classifier(solved, 1, out[0], out[1])
+    others = {key: value for key, value in arrays.items() if not key.startswith("classifier.")}
+    apart.begin(window(0, 1), {**arrays, **solved}, cache_dir=None, lr=LR)
+    merged.begin(window(0, 1), {**others, **one}, cache_dir=None, lr=LR)
+    batch = batches()[0]
+    assert merged.step(batch) == pytest.approx(apart.step(batch), rel=1e-4)
+    ours, theirs = merged.trained(), apart.trained()
+    assert theirs.keys() - ours.keys() == {"classifier.out_weight", "classifier.out_bias"}
+    for key, value in ours.items():
+        np.testing.assert_allclose(value, theirs[key], atol=1e-4)

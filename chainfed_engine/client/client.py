@@ -97,6 +97,8 @@ class Client:
     def _train(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
         if task.stage is None:
             raise InvalidArgument("train: expected a stage, got none")
+        if task.settings.get("closed_form"):
+            return self._classifier_statistics(task, parameters)
         lr = _number(task, "lr")
         trainer, started = self._trainer, time.perf_counter()
         trainer.begin(task.stage, parameters, cache_dir=self._cache_dir, lr=lr, settings=task.settings)
@@ -118,6 +120,13 @@ class Client:
             "train_seconds": time.perf_counter() - prepared,
         }
         return trained, metrics
+
+    def _classifier_statistics(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
+        """One pass of the whole model over the samples a round of training would see."""
+        started, data = time.perf_counter(), self._training_data(task)
+        some = batches(data, _integer(task, "batch_size"), seed=None, pad_id=self._pad_id)
+        statistics, loss = self._trainer.classifier_statistics(some, parameters)
+        return statistics, {"loss": loss, "steps": 0.0, "train_seconds": time.perf_counter() - started}
 
     def _training_data(self, task: Task) -> EncodedData:
         """All samples; with fewer steps than batches, that many of the cache's groups, drawn anew for every task, so

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chainfed_engine import stand_in
 from chainfed_engine.errors import InvalidArgument, StorageError
 from chainfed_engine.types import Arrays, Task
 
@@ -58,6 +59,7 @@ class HeldParameters:
             raise InvalidArgument(
                 f"task {task.round_id}: {len(lacking)} parameters are missing here, first {lacking[0]}"
             )
+        self._drop_other_large_stand_ins(task.versions)
         if self._folder is not None:
             self._drop_old(self._folder)
         return {key: self._arrays[key] for key in task.versions}
@@ -67,6 +69,14 @@ class HeldParameters:
         for key, version in current.items():
             if key in self._versions and self._versions[key] != version:
                 del self._versions[key], self._arrays[key]
+
+    def _drop_other_large_stand_ins(self, named: Mapping[str, str]) -> None:
+        """The server has let go of a large map by the time it names another."""
+        if any(key.startswith(stand_in.KEY_PREFIX) for key in named):
+            large = stand_in.large_depths({key: value for key, value in self._arrays.items() if key not in named})
+            for key in [key for key in self._arrays if key.startswith(stand_in.KEY_PREFIX) and key not in named]:
+                if int(key.split(".")[1]) in large:
+                    del self._arrays[key], self._versions[key]
 
     def _keep(self, key: str, array: np.ndarray, version: str) -> np.ndarray:
         """Write one array under its version and key; returns a copy that outlives the message."""

@@ -45,5 +45,8 @@ class Trainer(Protocol):
         """`cka` float64 [num_layers] (`with_scores`) and the stand-in statistics at `depths`, of at most `max_rows`
         rows."""
 
+    def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
+        """The least-squares factor of final features and labels, and the classifier's mean loss on them."""
+
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         """`accuracy` or `token_loss`, and `num_samples`."""

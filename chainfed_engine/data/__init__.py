@@ -1,11 +1,11 @@
 """From files and Python records to batches of tokens: read, tokenise, partition, collate.
 
-read_table / as_table  ->  Table  ->  encode_classification / encode_causal  ->  EncodedData  ->  batches  ->  Batch
+read_table / as_table  ->  Table  ->  encode_*  ->  EncodedData  ->  batches  ->  Batch
                                 `->  partition.*  ->  {client name: rows}
 """
 
 from chainfed_engine.data.batches import batches, collate, order_by_length
-from chainfed_engine.data.encode import EncodedData, encode_causal, encode_classification
+from chainfed_engine.data.encode import EncodedData, encode_causal, encode_classification, encode_messages
 from chainfed_engine.data.partition import by_column, dirichlet, iid
 from chainfed_engine.data.table import Table, as_table, read_table
 from chainfed_engine.data.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "dirichlet",
     "encode_causal",
     "encode_classification",
+    "encode_messages",
     "iid",
     "order_by_length",
     "read_table",

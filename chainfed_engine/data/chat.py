@@ -1,4 +1,4 @@
-"""Chat templates: a prompt and its response as one text, with the place where the response starts.
+"""Chat templates: a prompt and its response, or a whole conversation, as one text, with the places that are learned.
 
 A template is a program from a checkpoint, so it runs in jinja2's immutable sandbox, with the names transformers gives
 templates (`messages`, `add_generation_prompt`, the special tokens, `raise_exception`, `tojson`) but no clock: the
@@ -51,6 +51,22 @@ class ChatTemplate:
         if not text.startswith(start):
             raise DataError(f"the chat template does not continue its own generation prompt; {_REMEDY}")
         return text, len(start)
+
+    def conversation(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and first and last + 1 character of each of the assistant's turns, its end mark included."""
+        text = self.render(messages, add_generation_prompt=False)
+        turns = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = self.render(messages[:index], add_generation_prompt=True)
+                turn = self.render(messages[: index + 1], add_generation_prompt=False)
+                if not turn.startswith(start) or not text.startswith(turn):
+                    raise DataError(
+                        "the chat template rewrites earlier turns as the conversation goes on, so that it cannot be "
+                        "trained on as one text; give one row a turn with prompt and response"
+                    )
+                turns.append((len(start), len(turn)))
+        return text, turns
 
 
 class _GenerationTag(Extension):

@@ -1,4 +1,5 @@
-"""Tables to tokens: `encode_classification` (one label a row) and `encode_causal` (loss on the response only).
+"""Tables to tokens: `encode_classification` (one label a row), `encode_causal` (loss on the response only) and
+`encode_messages` (loss on the assistant's turns of a conversation).
 
 What leaves is an `EncodedData`: unpadded int32 arrays on the host, a stable id a sample, and which row of the table
 each sample came from, so that a partition of rows can be carried over.
@@ -6,7 +7,7 @@ each sample came from, so that a partition of rows can be carried over.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,21 +106,41 @@ def encode_causal(table: Table, tokenizer: Tokenizer, *, prompt: str, response: 
     A row whose response is cut away entirely is dropped and counted. Raises DataError when none is left.
     """
     pairs = list(zip(table.texts(prompt), table.texts(response), strict=True))
+    encoded = tokenizer.encode_pairs(pairs, max_length)
+    samples = ((ids, np.arange(len(ids)) >= num_prompt) for ids, num_prompt in encoded)
+    return _encoded_causal(table, samples, "response", max_length)
+
+
+def encode_messages(table: Table, tokenizer: Tokenizer, *, messages: str, max_length: int) -> EncodedData:
+    """Tokenise conversations by the chat template, labels IGNORE_INDEX outside the assistant's turns.
+
+    A row of `messages` is a list of {"role", "content"}. Rows without a token to learn are dropped and counted, as in
+    `encode_causal`.
+    """
+    conversations = table.conversations(messages)
+    return _encoded_causal(
+        table, tokenizer.encode_conversations(conversations, max_length), "assistant's turn", max_length
+    )
+
+
+def _encoded_causal(
+    table: Table, samples: Iterable[tuple[Ids, npt.NDArray[np.bool_]]], what: str, max_length: int
+) -> EncodedData:
+    """From each row's ids and which of them carry loss."""
     input_ids: list[Ids] = []
     labels: list[Ids] = []
     rows: list[int] = []
-    for row, (ids, num_prompt) in enumerate(tokenizer.encode_pairs(pairs, max_length)):
+    for row, (ids, learned) in enumerate(samples):
         # The label of position t is predicted from position t - 1: the first token never carries loss.
-        num_prompt = max(num_prompt, 1)
-        if num_prompt >= len(ids):
+        if not learned[1:].any():
             continue
-        target = ids.copy()
-        target[:num_prompt] = IGNORE_INDEX
+        target = np.where(learned, ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+        target[0] = IGNORE_INDEX
         input_ids.append(ids)
         labels.append(target)
         rows.append(row)
     if not rows:
-        raise DataError(f"{table.source}: no response is left within {max_length} tokens; raise sequence_length")
+        raise DataError(f"{table.source}: no {what} is left within {max_length} tokens; raise sequence_length")
     return EncodedData(
         input_ids=input_ids,
         labels=labels,

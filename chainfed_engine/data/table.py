@@ -17,6 +17,8 @@ import numpy as np
 from chainfed_engine.data import files
 from chainfed_engine.errors import DataError
 
+_DROP = '; drop such rows, or set [data] missing = "drop"'
+
 
 @dataclass(frozen=True)
 class Table:
@@ -50,10 +52,10 @@ class Table:
         values = self.column(name)
         for row, value in enumerate(values):
             if not isinstance(value, str):
-                kind = "nothing" if value is None else type(value).__name__
-                raise DataError(f"{self.where(row)}: column {name!r}: expected text, got {kind}")
+                remedy = _DROP if value is None else ""
+                raise DataError(f"{self.where(row)}: column {name!r}: expected text, got {_described(value)}{remedy}")
             if not value.strip():
-                raise DataError(f"{self.where(row)}: column {name!r} is blank; drop such rows")
+                raise DataError(f"{self.where(row)}: column {name!r} is blank{_DROP}")
         return values
 
     def names(self, name: str) -> list[str]:
@@ -62,15 +64,39 @@ class Table:
         for row, value in enumerate(self.column(name)):
             if isinstance(value, bool | np.bool_):
                 value = str(bool(value)).lower()
-            elif isinstance(value, int | np.integer):
-                value = str(int(value))
+            elif isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer()):
+                value = str(int(value))  # data frames turn whole numbers beside missing ones into floats
             if not isinstance(value, str) or not value.strip():
-                got = "a blank" if isinstance(value, str) else "nothing" if value is None else type(value).__name__
+                remedy = _DROP if _is_blank(value) else ""
                 raise DataError(
-                    f"{self.where(row)}: column {name!r}: expected a name (text or a whole number), got {got}"
+                    f"{self.where(row)}: column {name!r}: expected a name (text or a whole number), got "
+                    f"{_described(value)}{remedy}"
                 )
             result.append(value)
         return result
+
+    def conversations(self, name: str) -> list[list[dict[str, str]]]:
+        """A column of lists of {"role", "content"}, both text, that does not begin with the assistant."""
+        result = []
+        for row, value in enumerate(self.column(name)):
+            turns = list(value) if isinstance(value, list | tuple | np.ndarray) else []
+            if not turns or not all(isinstance(turn, dict) and _is_turn(turn) for turn in turns):
+                raise DataError(
+                    f'{self.where(row)}: column {name!r}: expected a list of {{"role": text, "content": text}}, got '
+                    f"{_described(value)}"
+                )
+            if turns[0]["role"] == "assistant":
+                raise DataError(f"{self.where(row)}: column {name!r}: expected a conversation that the user begins")
+            result.append([{"role": turn["role"], "content": turn["content"]} for turn in turns])
+        return result
+
+    def without_blanks(self, names: Sequence[str]) -> "Table":
+        """The rows in which none of the columns is missing or blank. Raises DataError when none is left."""
+        columns = [self.column(name) for name in names]
+        kept = [row for row in range(len(self)) if not any(_is_blank(column[row]) for column in columns)]
+        if not kept:
+            raise DataError(f"{self.source}: every row lacks a value in one of {', '.join(map(repr, names))}")
+        return self if len(kept) == len(self) else self.select(kept)
 
     def select(self, rows: Sequence[int] | np.ndarray[Any, Any]) -> "Table":
         """A table of the given rows, in that order."""
@@ -94,17 +120,37 @@ def as_table(examples: Any, source: str = "examples", columns: Sequence[str] | N
         return examples
     if isinstance(examples, str | Path):
         return read_table(examples, columns)
-    names = getattr(examples, "column_names", None)  # datasets.Dataset
-    if isinstance(names, list):
-        return Table(source, {name: list(examples[name]) for name in _wanted(source, names, columns)})
+    names = getattr(examples, "column_names", None)
+    if isinstance(names, dict):  # datasets.DatasetDict
+        raise DataError(f"{source}: expected one split of the data set; there are {', '.join(map(repr, names))}")
+    if isinstance(names, list):  # datasets.Dataset
+        return Table(source, {name: _dataset_column(examples, name) for name in _wanted(source, names, columns)})
     if hasattr(examples, "iloc") and hasattr(examples, "columns"):  # pandas.DataFrame
         names = [str(name) for name in examples.columns]
-        return Table(source, {name: examples[name].tolist() for name in _wanted(source, names, columns)})
+        return Table(source, {name: _frame_column(examples, name) for name in _wanted(source, names, columns)})
     if isinstance(examples, Iterable) and not isinstance(examples, bytes | dict):
         return _collect(source, ((None, row) for row in examples), columns)
     raise DataError(
         f"{source}: expected a path, a list of dicts, a data frame or a datasets.Dataset, got {type(examples).__name__}"
     )
+
+
+def _dataset_column(dataset: Any, name: str) -> list[Any]:
+    """A column of a datasets.Dataset as Python values; a ClassLabel's numbers become its names."""
+    plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    values = list(plain[name])
+    class_names = getattr((getattr(dataset, "features", None) or {}).get(name), "names", None)
+    if not isinstance(class_names, list):
+        return values
+    return [
+        class_names[value] if isinstance(value, int) and 0 <= value < len(class_names) else None for value in values
+    ]
+
+
+def _frame_column(frame: Any, name: str) -> list[Any]:
+    """A column of a data frame; NaN, NaT and NA become None."""
+    there = frame[name].notna().tolist()
+    return [value if known else None for value, known in zip(frame[name].tolist(), there, strict=True)]
 
 
 def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Sequence[str] | None) -> Table:
@@ -139,3 +185,19 @@ def _wanted(source: str, there: Sequence[str], columns: Sequence[str] | None) ->
     if missing is not None:
         raise DataError(f"{source}: no column {missing!r}; there are {', '.join(map(repr, there))}")
     return columns if columns is not None else there
+
+
+def _is_blank(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    )
+
+
+def _is_turn(turn: dict[Any, Any]) -> bool:
+    return isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
+def _described(value: Any) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "nothing"
+    return "a blank" if _is_blank(value) else type(value).__name__

@@ -109,6 +109,26 @@ class Tokenizer:
                     ids = [*ids, self.eos_id]
                 yield np.array(ids[:max_length], dtype=np.int32), min(num_prompt, max_length)
 
+    def encode_conversations(
+        self, conversations: Sequence[list[dict[str, str]]], max_length: int
+    ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
+        """For each list of messages: the ids of the chat template's text, cut to `max_length`, and which of them lie
+        inside a turn of the assistant. Raises DataError without a chat template."""
+        if self.chat_template is None:
+            raise DataError(
+                "messages need a chat template, and the store's tokenizer has none; put chat_template.jinja into its "
+                "tokenizer folder, or give prompt and response"
+            )
+        for first in range(0, len(conversations), _CHUNK_TEXTS):
+            rendered = [self.chat_template.conversation(chunk) for chunk in conversations[first : first + _CHUNK_TEXTS]]
+            encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+            for encoding, (_, turns) in zip(encodings, rendered, strict=True):
+                begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+                learned = np.zeros(len(begins), dtype=np.bool_)
+                for start, stop in turns:
+                    learned |= (begins >= start) & (ends <= stop) & (ends > begins)
+                yield np.array(encoding.ids[:max_length], dtype=np.int32), learned[:max_length]
+
 
 def _num_prompt_tokens(encoding: tokenizers.Encoding, start: int) -> int:
     """Index of the first token whose characters all lie at or after `start`; special tokens in front have none."""

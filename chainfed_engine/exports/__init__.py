@@ -6,6 +6,7 @@ hide the function of that name in the package.
 """
 
 from chainfed_engine.exports.adapted import AdaptedClassifier, load_adapted
+from chainfed_engine.exports.save import save_run
 from chainfed_engine.exports.targets import TARGETS, Exported, export
 
-__all__ = ["TARGETS", "AdaptedClassifier", "Exported", "export", "load_adapted"]
+__all__ = ["TARGETS", "AdaptedClassifier", "Exported", "export", "load_adapted", "save_run"]

@@ -21,7 +21,7 @@ from chainfed_engine.data import EncodedData, Tokenizer
 from chainfed_engine.errors import ChainfedError, ConfigError, InvalidArgument
 from chainfed_engine.federation.codec import pack
 from chainfed_engine.federation.files import make_folder, write_text
-from chainfed_engine.federation.inputs import encode, keep_labels, plan_run
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run
 from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import fit
 from chainfed_engine.federation.run_directory import RunDirectory, check_free
@@ -72,7 +72,7 @@ def _serve(
     tokenizer = Tokenizer.load(config.store, info.config)
     evaluation = None
     if config.data.eval is not None:
-        held_out = data.read_table(config.data.eval, config.data.columns)
+        held_out = complete(config, data.read_table(config.data.eval, config.data.columns))
         evaluation = encode(config, held_out, tokenizer, labels or None)
     plan = plan_run(config, {}, evaluation)
     chain = replace(config.chain, cache_format=plan.choices.cache_format)

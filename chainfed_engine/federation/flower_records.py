@@ -1,4 +1,4 @@
-"""A message of codec.py as Flower records, and back. Light: a site imports this in a new process for every message.
+"""A message of codec.py as Flower records, and back. Light: a site starts a process with it for every message.
 
 The payload is one array of bytes: Flower stores arrays by content, so parameters that several sites lack are kept once,
 and cuts them into chunks, so there is no limit of a message but ours.

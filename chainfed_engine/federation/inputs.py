@@ -4,6 +4,7 @@ In: a `RunConfig` and tables; out: encoded data, a plan, the label file of a run
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,9 +37,25 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
     return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
 
 
+def complete(config: RunConfig, table: Table) -> Table:
+    """The rows without a blank in a column that the run reads; a warning says how many were left out. With
+    `missing` "error" the table as it is, for encoding names the first such row."""
+    if config.data.missing == "error":
+        return table
+    names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
+    kept = table.without_blanks([name for name in names if name is not None])
+    if len(kept) < len(table):
+        warnings.warn(
+            f"{table.source}: {len(table) - len(kept)} of {len(table)} rows lack a value and are left out", stacklevel=2
+        )
+    return kept
+
+
 def encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: Sequence[str] | None) -> EncodedData:
     """The table's rows as the run's task wants them; `labels` None: those of the table."""
     length = config.chain.sequence_length
+    if config.data.messages is not None:
+        return data.encode_messages(table, tokenizer, messages=config.data.messages, max_length=length)
     if config.data.response is not None:
         return data.encode_causal(
             table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length

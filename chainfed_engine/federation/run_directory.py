@@ -126,6 +126,8 @@ class RunDirectory:
                 stand_ins.setdefault(f"stand_in-{int(key.split('.')[1]):04d}.safetensors", {})[key] = array
             else:
                 trained[key] = array
+        # One that was let go and is fitted anew is another one; no state that is still kept names the old one then.
+        self._stand_in_digests = {name: sha for name, sha in self._stand_in_digests.items() if name in stand_ins}
         for name in stand_ins.keys() - self._stand_in_digests.keys():
             self._stand_in_digests[name] = write_arrays(self._state_path / name, stand_ins[name], {})
         number = self._number + 1

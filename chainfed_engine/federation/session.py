@@ -113,8 +113,9 @@ class Session:
         self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
         self.store = self.trainer.model.store
         base = self.store.fingerprint
+        self._cache = out / "cache"
         members = [
-            Client(name, data, self.trainer, cache_dir=out / "cache" / folder_name(name), pad_id=pad_id, base=base)
+            Client(name, data, self.trainer, cache_dir=self._cache / folder_name(name), pad_id=pad_id, base=base)
             for name, data in clients.items()
         ]
         self.transport = LocalTransport(members, patience=Patience.of(self.config))
@@ -157,13 +158,24 @@ class Session:
         self.close()
 
     def _memory(self) -> dict[str, int]:
-        from chainfed_engine.memory.meter import peak_rss_bytes
+        """Figures of a `memory` event, all since the process or the store's opening: the kernel's peak of the resident
+        set (and of the memory cgroup, where this process is alone in one), pages of our files in the page cache now,
+        bytes the store has read, time inside reads and time anyone waited for them."""
+        from chainfed_engine.memory.cgroup import MemoryGroup
+        from chainfed_engine.memory.meter import peak_rss_bytes, resident_file_bytes, rss_bytes
 
-        stats = self.store.stats()
+        stats, group = self.store.stats(), MemoryGroup.of_this_process()
+        cached = resident_file_bytes([self.store.info.path, self._cache])
+        group_peak = None if group is None else group.peak_bytes()
         return {
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_bytes": self.plan.predicted_peak_bytes,
+            "rss_bytes": rss_bytes(),
+            **({} if cached is None else {"page_cache_bytes": cached}),
+            **({} if group_peak is None else {"cgroup_peak_bytes": group_peak}),
+            "store_resident_bytes": stats["resident_bytes"],
             "bytes_read": stats["bytes_read"],
+            "read_ns": stats["read_ns"],
             "stall_ns": stats["stall_ns"],
         }
 

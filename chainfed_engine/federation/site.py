@@ -21,7 +21,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import ChainfedError, ConfigError, CorruptFile, InvalidArgument, MemoryBudgetExceeded
 from chainfed_engine.federation import files
 from chainfed_engine.federation.codec import pack, unpack
-from chainfed_engine.federation.inputs import encode, plan_run
+from chainfed_engine.federation.inputs import complete, encode, plan_run
 from chainfed_engine.federation.messages import reply_record, task_from
 from chainfed_engine.federation.session import open_trainer
 from chainfed_engine.memory.plan import Plan
@@ -52,7 +52,7 @@ class Site:
         self._info = StoreInfo.read(config.store)
         self._tokenizer = Tokenizer.load(config.store, self._info.config)
         wanted = [*config.data.columns]
-        self._table: Table = data.read_table(config.data.train, wanted)
+        self._table: Table = complete(config, data.read_table(config.data.train, wanted))
         self._setup: dict[str, Any] | None = None
         self._client: Client | None = None
         self._encoded: EncodedData | None = None

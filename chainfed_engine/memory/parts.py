@@ -9,8 +9,9 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 from dataclasses import dataclass, field
 from typing import Literal
 
-from chainfed_engine import stand_in
+from chainfed_engine import least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
+from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import ModelShape, TaskKind
 
 F32, F64 = 4, 8
@@ -178,8 +179,8 @@ def profile_bytes(request: Request) -> int:
         rows = min(tokens, MAX_CKA_TOKENS)
         total += 2 * F32 * rows * width
         total = max(total, F32 * tokens * width * 3 + 2 * F64 * rows * width + 3 * F64 * min(rows, width) ** 2)
-    if config.stand_in:
-        rows, depths = _profile_rows(request), _depths_at_once(shape)
+    if _stand_in_depths(request):
+        rows, depths = _profile_rows(request), _depths_at_once(request)
         columns = 2 * width + 1
         kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
         reducing = F64 * rows * columns * 2 if rows > columns else 0
@@ -189,8 +190,8 @@ def profile_bytes(request: Request) -> int:
 
 def solve_bytes(request: Request) -> int:
     """The server's closed form for one depth, beside the statistics of one exchange."""
-    config, shape = request.config, request.shape
-    if config.method != "chain" or not config.stand_in:
+    shape = request.shape
+    if not _stand_in_depths(request):
         return 0
     width = shape.hidden_size
     columns = 2 * width + 1
@@ -199,20 +200,16 @@ def solve_bytes(request: Request) -> int:
     # Statistics of the exchange (float32 rows, float64 once reduced), one depth's while the next reply is added.
     one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
     reply = F32 * min(_profile_rows(request), columns) * columns
-    result = F64 * (2 * rank * width + 3 * rank * rank + 3 * 512 * max(rows, width))
-    return _depths_at_once(shape) * one + max(one + reply, result + F32 * width * width)
+    result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
+    return _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
 
 
 def stand_in_bytes(request: Request) -> int:
     """Fitted maps kept through the run: at every depth where a window may end below the top."""
-    config, shape = request.config, request.shape
-    if config.method != "chain" or not config.stand_in:
-        return 0
-    start = config.start_layer
-    if start is None:
-        start = max(0, shape.num_layers - 2 * config.window) if request.task == "causal-lm" else 0
-    depths = max(0, shape.num_layers - start - config.window)
-    return depths * stand_in_map_bytes(request)
+    one, width = stand_in_map_bytes(request), request.shape.hidden_size
+    array = one // 2 if one < F32 * width * width else one
+    depths = _stand_in_depths(request)
+    return min(depths, 1 if stand_in.is_large(stand_in.KEY_PREFIX, array) else depths) * one
 
 
 def stand_in_map_bytes(request: Request) -> int:
@@ -242,5 +239,15 @@ def _profile_rows(request: Request) -> int:
     return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
 
 
-def _depths_at_once(shape: ModelShape) -> int:
-    return min(stand_in.depths_at_once(shape.hidden_size), shape.num_layers)
+def _stand_in_depths(request: Request) -> int:
+    config, shape = request.config, request.shape
+    if config.method != "chain" or not config.stand_in:
+        return 0
+    start = config.start_layer
+    if start is None:
+        start = lowest_start_layer(request.task, shape.num_layers, config.window)
+    return max(0, shape.num_layers - start - config.window)
+
+
+def _depths_at_once(request: Request) -> int:
+    return min(stand_in.depths_at_once(request.shape.hidden_size), _stand_in_depths(request))

@@ -144,6 +144,8 @@ def step_seconds(request: Request, choices: Choices) -> float:
         read += parts * (request.sizes.head_bytes * (rows > 0) + (0 if pinned else 2 * layers * weights))
         tokens_held = max(choices.fill_bytes / (F32 * shape.hidden_size), request.batch_tokens)
         read += request.sizes.layer_bytes * request.batch_tokens / tokens_held
+        if choices.num_slots == 1:  # nothing is read ahead
+            return (flops / _FLOPS_A_SECOND + read / _BYTES_A_SECOND) + overhead
     return max(flops / _FLOPS_A_SECOND, read / _BYTES_A_SECOND) + overhead + 0.1 * read / _BYTES_A_SECOND
 
 
@@ -180,7 +182,7 @@ def _candidates(request: Request) -> Iterator[Choices]:
     while micro_batches[-1] > 1:
         micro_batches.append((micro_batches[-1] + 1) // 2)
     slots: list[int | None] = [None]
-    wanted = (request.window_layers + _FREE_SLOTS, 3, 2)
+    wanted = (request.window_layers + _FREE_SLOTS, 3, 2, 1)
     slots += [count for count in dict.fromkeys(wanted) if count < sizes.num_layers + sizes.num_head_shards]
     for num_slots in slots:
         for recompute in (False, True) if request.window_layers > 1 else (False,):
@@ -209,6 +211,7 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
     else:
         pinned = choices.num_slots >= request.window_layers + _FREE_SLOTS
         kept = "the window's stay, two more stream" if pinned else "all stream"
+        kept = "each is read when it is needed" if choices.num_slots == 1 else kept
         reasons["num_slots"] = f"{kept}; all in memory would peak at {peak_with(num_slots=None)}"
     whole = request.config.batch_size
     if choices.micro_batch < whole:

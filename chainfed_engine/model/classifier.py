@@ -82,10 +82,14 @@ class Classifier(nn.Module):
 
     def score(self, pooled: Tensor) -> Tensor:
         """Features [B,D] -> logits [B,C]."""
-        if self.transform is not None:
-            assert self.transform_weight is not None
-            pooled = _ACTIVATIONS[self.transform](functional.linear(pooled, self.transform_weight, self.transform_bias))
-        return functional.linear(pooled, self.out_weight, self.out_bias)
+        return functional.linear(self.transformed(pooled), self.out_weight, self.out_bias)
+
+    def transformed(self, pooled: Tensor) -> Tensor:
+        """Features [B,D] -> what the last linear reads, [B,D]."""
+        if self.transform is None:
+            return pooled
+        assert self.transform_weight is not None
+        return _ACTIVATIONS[self.transform](functional.linear(pooled, self.transform_weight, self.transform_bias))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         return self.score(self.pool(hidden, attention_mask))

@@ -55,6 +55,8 @@ class Objective:
                 weights.append(self.auxiliary_weight)
             else:
                 weights[0] += self.auxiliary_weight
+        if self.stand_in is not None and self.stand_in.gives_logits:
+            return weighted_cross_entropy(branches, weights, require_labels(batch))
         return self.readout.loss(branches, weights, batch)
 
     def _features(self, tokens: Tensor, batch: Batch) -> Tensor:
@@ -83,17 +85,23 @@ class ClassificationReadout:
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier(self.final_norm(features))
 
+    def features(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What the classifier reads, [B, D], of the final hidden state [B, T, D]."""
+        return self.final_norm(self.pool(hidden, batch.attention_mask))
+
     def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Losses [B] and hits (bool [B]) of the final hidden state [B, T, D], for evaluation."""
         labels, logits = require_labels(batch), self.logits(self.pool(hidden, batch.attention_mask))
         return cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
-        labels = require_labels(batch)
-        losses = [
-            weight * cross_entropy(self.logits(rows), labels) for rows, weight in zip(branches, weights, strict=True)
-        ]
-        return torch.stack(losses).sum()
+        return weighted_cross_entropy([self.logits(rows) for rows in branches], weights, require_labels(batch))
+
+
+def weighted_cross_entropy(branches: Sequence[Tensor], weights: Sequence[float], labels: Tensor) -> Tensor:
+    """Sum over branches of weight * mean cross-entropy of logits [B, C] for labels [B]."""
+    losses = [weight * cross_entropy(logits, labels) for logits, weight in zip(branches, weights, strict=True)]
+    return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)

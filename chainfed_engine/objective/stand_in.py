@@ -16,10 +16,20 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 class StandIn:
-    """y = W x + b with the arrays of `chainfed_engine.stand_in.solve` for one depth; no gradient to W or b."""
+    """y = W x + b with the arrays of `chainfed_engine.stand_in` for one depth; no gradient to W or b. `gives_logits`:
+    the classifier is part of it, rows become [n, C]."""
+
+    @staticmethod
+    def holds_classifier(arrays: Arrays, depth: int) -> bool:
+        return stand_in_key(depth, "logit_weight") in arrays
 
     def __init__(self, arrays: Arrays, depth: int, *, normalise: bool) -> None:
         self.normalise = normalise
+        self.gives_logits = self.holds_classifier(arrays, depth)
+        if self.gives_logits:
+            self.bias = torch.from_numpy(arrays[stand_in_key(depth, "logit_bias")])
+            self.factors = [torch.from_numpy(arrays[stand_in_key(depth, "logit_weight")])]
+            return
         self.bias = torch.from_numpy(arrays[stand_in_key(depth, "bias")])
         weight = arrays.get(stand_in_key(depth, "weight"))
         if weight is not None:

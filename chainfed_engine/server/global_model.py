@@ -8,15 +8,20 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from chainfed_engine.errors import InvalidArgument
+from chainfed_engine import classifier_fit, stand_in
+from chainfed_engine.classifier_fit import FACTOR_KEY
+from chainfed_engine.errors import CorruptFile, InvalidArgument
+from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.types import Arrays, Stage, TaskKind, Window, stand_in_key
+from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
+OUT_WEIGHT = classifier_key("out_weight")
 
 
 class GlobalModel:
-    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window.
+    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `fixes_classifier`:
+    whether below the top it is not trained but sent as a part of the stand-in.
 
     Raises InvalidArgument when a layer of `trained_layers` has no adapter, or classification no classifier.
     """
@@ -29,12 +34,15 @@ class GlobalModel:
         num_layers: int,
         trained_layers: range,
         uses_later_adapters: bool,
+        fixes_classifier: bool = False,
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
+        self._factor: Arrays = {}
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
+        self._fixes_classifier = fixes_classifier
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
                 raise InvalidArgument(f"initial: expected an adapter for layer {layer}, got none")
@@ -60,12 +68,10 @@ class GlobalModel:
     def _model_keys(self) -> list[str]:
         return [key for key in self._trained.sorted_keys() if not key.startswith(METHOD_PREFIX)]
 
-    def stand_ins(self) -> Arrays:
-        return self._stand_ins.select(self._stand_ins.sorted_keys())
-
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
-        classifier = self._trained.classifier_keys() if self._trains_classifier else []
+        trains_classifier = self._trains_classifier and self._fixed_classifier(stage) is None
+        classifier = self._trained.classifier_keys() if trains_classifier else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
@@ -83,17 +89,31 @@ class GlobalModel:
         along even if its updates were refused: sites that share a model in memory must not see each other's.
         """
         layers = self._trained.trained_layers()
-        stand_ins: list[str] = []
+        classifier, stand_ins = self._trained.classifier_keys(), self._stand_ins
+        kept: list[str] = []
         if stage is not None and stage.kind == "window":
             reached = stage.window.stop if stage.sweep == 0 else self._num_layers
             layers |= set(range(start_layer, reached))
             if not self._uses_later_adapters:
                 layers &= set(range(stage.window.stop))
+            fixed = self._fixed_classifier(stage)
+            if fixed is not None:
+                classifier, stand_ins = [], fixed
             prefix = stand_in_key(stage.window.stop, "")
-            stand_ins = [key for key in self._stand_ins.sorted_keys() if key.startswith(prefix)]
-        keys = [*self._trained.layer_keys(layers), *self._trained.classifier_keys()]
-        arrays = {**self._trained.select(keys), **self._stand_ins.select(stand_ins)}
-        return arrays, {**self._trained.versions(keys), **self._stand_ins.versions(stand_ins)}
+            kept = [key for key in stand_ins.sorted_keys() if key.startswith(prefix)]
+        keys = [*self._trained.layer_keys(layers), *classifier]
+        arrays = {**self._trained.select(keys), **stand_ins.select(kept)}
+        return arrays, {**self._trained.versions(keys), **stand_ins.versions(kept)}
+
+    def _fixed_classifier(self, stage: Stage) -> Parameters | None:
+        """Stand-in and classifier as one map, where this stage needs no more of either."""
+        depth = stage.window.stop
+        if not self._fixes_classifier or stage.kind != "window" or depth not in self.stand_in_depths():
+            return None
+        solved = self._stand_ins.select(self._stand_ins.sorted_keys())
+        return Parameters(
+            stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(classifier_key("out_bias")))
+        )
 
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
@@ -105,15 +125,50 @@ class GlobalModel:
         return {key: version for key, version in versions.items() if key in keys and len(version) <= 64}
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Install new values of adapters, the classifier or the method's own arrays."""
+        """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""
         self._trained.replace(arrays)
+        self._factor = {}
 
-    def set_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def refuse_factor(self, arrays: object) -> str | None:
+        """Why these are not the statistics of a closed-form classifier, or None."""
+        if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
+            return f"classifier statistics: expected {FACTOR_KEY} alone"
+        num_labels, hidden_size = self.array(OUT_WEIGHT).shape
+        width = hidden_size + 1 + num_labels
+        factor = arrays[FACTOR_KEY]
+        num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
+        return refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+
+    def fit_classifier(self, statistics: list[Arrays]) -> None:
+        """The classifier that all rows seen since the features last changed ask for, these included, in this order."""
+        parts = [self._factor, *statistics] if self._factor else statistics
+        factor = classifier_fit.merge([part[FACTOR_KEY] for part in parts])
+        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT))))
+        self._factor = {FACTOR_KEY: factor}
+
+    def statistics(self) -> Arrays:
+        """What is kept beside the parameters: stand-ins, and the classifier's factor while the features stand."""
+        return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **self._factor}
+
+    def take_factor(self, saved: Arrays) -> Arrays:
+        """The classifier's factor among saved arrays, {} without one. Raises CorruptFile if it cannot be one."""
+        found = {key: array for key, array in saved.items() if key == FACTOR_KEY}
+        if found and (reason := self.refuse_factor(found)):
+            raise CorruptFile(f"saved state: {reason}; start a new run")
+        return found
+
+    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], factor: Arrays) -> None:
         """Exactly these, as after a restore."""
-        self._stand_ins = Parameters(arrays)
+        self._stand_ins = Parameters(stand_ins)
+        self._factor = factor
 
-    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
+        """Install fitted maps. A large one is kept only until the next comes; returns the keys let go."""
+        large = stand_in.large_depths(self._stand_ins.select(self._stand_ins.sorted_keys()))
+        dropped = [key for key in self._stand_ins.sorted_keys() if int(key.split(".")[1]) in large]
+        self._stand_ins.remove(dropped)
         self._stand_ins.replace(arrays)
+        return dropped
 
     def stand_in_depths(self) -> set[int]:
         """Depths whose stand-in is fitted."""

@@ -1,6 +1,6 @@
 """Who holds which version of each parameter: what need not be sent again. Names and fingerprints only, no arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class Holdings:
@@ -17,6 +17,12 @@ class Holdings:
     def confirm(self, client: str, versions: Mapping[str, str]) -> None:
         """The client answered a task with these versions, so it has them."""
         self._held.setdefault(client, {}).update(versions)
+
+    def forget_keys(self, keys: Iterable[str]) -> None:
+        """No client is taken to hold these any more."""
+        for held in self._held.values():
+            for key in keys:
+                held.pop(key, None)
 
     def forget(self, client: str) -> None:
         """After an error nothing is known of the client; it gets everything anew."""

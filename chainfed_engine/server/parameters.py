@@ -31,6 +31,11 @@ class Parameters:
             assert layer is not None
             (self._identity_layers.add if self._acts_as_identity(layer) else self._identity_layers.discard)(layer)
 
+    def remove(self, keys: Iterable[str]) -> None:
+        """Let go of arrays that belong to no layer."""
+        for key in keys:
+            del self._arrays[key], self._versions[key]
+
     def sorted_keys(self) -> list[str]:
         return sorted(self._arrays)
 

@@ -4,12 +4,13 @@ The methods beside `chain` are baselines: no training, the classifier alone, a w
 train all layers at once (`server.methods` has what else sets these apart).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from chainfed_engine import stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.types import Stage, TaskKind, Window
 
 
@@ -55,9 +56,21 @@ class Plan:
             case _:
                 return Stage("window", Window(start_layer, self.num_layers), 0)
 
+    def fits_classifier(self, stage: Stage) -> bool:
+        """Whether this stage fits the classifier in closed form instead of training it."""
+        return stage.kind == "probe" and self.config.method == "chain"
+
+    def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
+        """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from
+        the stand-in, as foresight does."""
+        config = self.config
+        wanted = config.train_classifier == "at-top" and config.foresight_every == 0
+        is_fitted = config.method == "chain" and self._schedule(0).probe_rounds > 0
+        return wanted and is_fitted and stand_in.is_linear_readout(architecture, parameters)
+
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
-        if self.config.method != "chain" or not self.config.stand_in:
+        if self.config.method != "chain" or not self.config.stand_in or self.config.foresight_every == 1:
             return range(0)
         return range(start_layer + self.config.window, self.num_layers)
 
@@ -79,10 +92,9 @@ class Plan:
 
     def _schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        return Schedule(
-            config.schedule, self.num_layers, config.window, start_layer, config.rounds, config.probe_rounds
-        )
+        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self.task, config.aggregation)
+        return Schedule(config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds)
 
     def _trains_classifier_alone(self) -> bool:
         method = self.config.method
-        return method == "linear-probe" or (method == "chain" and self.config.probe_rounds > 0)
+        return method == "linear-probe" or (method == "chain" and bool(self.config.probe_rounds))

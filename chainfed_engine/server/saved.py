@@ -14,6 +14,7 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile
+from chainfed_engine.schedule import num_probe_rounds
 from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
@@ -133,9 +134,13 @@ def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int 
     config, rounds = run["config"], run["rounds"]
     if rounds == saved_rounds or config["method"] != "chain":
         return
+    rest = (run["task"], config["aggregation"])
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
     if config["schedule"] != "continuous":
         raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
+    chosen = config["probe_rounds"]
+    if num_probe_rounds(chosen, rounds, *rest) != num_probe_rounds(chosen, saved_rounds, *rest):
+        raise ConfigError(f"{change}; that changes how many of them probe: fix probe_rounds or start a new run")
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
     if start_layer is not None and (rounds - saved_rounds) % sweep:
         raise ConfigError(f"{change}; this chain goes on by whole sweeps of {sweep} rounds, to {saved_rounds + sweep}")

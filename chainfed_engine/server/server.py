@@ -24,7 +24,7 @@ from chainfed_engine.server.profile import ProfileCollector
 from chainfed_engine.server.quarantine import Size
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
 from chainfed_engine.server.setbacks import Setbacks
-from chainfed_engine.server.summary import Summary
+from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
@@ -70,7 +70,8 @@ class Server:
             task,
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
-            uses_later_adapters=config.auxiliary_weight > 0,
+            uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
+            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
         self._holdings = Holdings()
@@ -170,6 +171,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                "closed_form": self._plan.fits_classifier(stage),
                 **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -193,7 +195,7 @@ class Server:
         rejected: dict[str, str] = {}
         silent, num_late, bytes_up = set(pending), 0, 0
         for reply in replies:
-            bytes_up += _num_bytes(reply.arrays)
+            bytes_up += num_bytes(reply.arrays)
             if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
                 num_late += 1  # dropped, and its client may still answer this exchange
                 continue
@@ -203,7 +205,7 @@ class Server:
             if reason is not None:
                 rejected[one_line(reply.client)] = reason
         self._pending = None
-        bytes_down = sum(_num_bytes(task.arrays) for task in pending.values())
+        bytes_down = sum(num_bytes(task.arrays) for task in pending.values())
         rejected = dict(sorted(rejected.items()))
         if isinstance(collector, ProfileCollector):
             summary = self._finish_profile(collector, rejected, bytes_down, bytes_up)
@@ -243,10 +245,12 @@ class Server:
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
             )
+        closed_form = self._plan.fits_classifier(self._stage())
+        method = self._method
         return UpdateCollector(
             pending,
-            expected=self._method.expected,
-            before=self._method.before,
+            refuse=method.refuse_statistics if closed_form else method.refuse_update,
+            before=None if closed_form else method.before,
             samples=self.client_samples,
             last_size=self._typical_size,
         )
@@ -260,7 +264,8 @@ class Server:
             if self._start_layer is None:
                 lowest = lowest_start_layer(self.task, self.shape.num_layers, self.config.window)
                 self._start_layer = max(lowest, collector.start_layer(self.config))
-            self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
+            self._holdings.forget_keys(dropped)
         self._profile_attempts += 1
         return Summary(
             "profile",
@@ -287,7 +292,9 @@ class Server:
         rejected |= collector.finish(
             norm_limit=config.norm_limit, aggregation=config.aggregation, hostile_share=config.hostile_share
         )
-        if collector.usable:
+        if collector.usable and self._plan.fits_classifier(stage):
+            self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
+        elif collector.usable:
             self._model.update(self._method.combine(collector.usable))
         self._typical_size = collector.typical_size
         self._round_id += 1
@@ -320,7 +327,7 @@ class Server:
             typical_norm=self._typical_size.norm if self._typical_size else None,
             typical_steps=self._typical_size.steps if self._typical_size else None,
         )
-        return {**self._model.state(), **self._model.stand_ins()}, saved.to_record(self._identity(), progress)
+        return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
@@ -328,9 +335,11 @@ class Server:
         progress = saved.from_record(record, self._identity())
         self._check_start_layer(progress)
         own, depths = self._model.state(), progress.stand_in_depths
-        stand_ins = saved.require_arrays(arrays, own, depths=depths, hidden_size=self.shape.hidden_size)
+        kept = self._model.take_factor(arrays)
+        others = {key: array for key, array in arrays.items() if key not in kept}
+        stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_stand_ins({key: arrays[key] for key in stand_ins})
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
         self._holdings = Holdings()
         self._pending = None
         self._round_id = progress.round_id
@@ -386,8 +395,3 @@ class Server:
             possible = self._plan.stand_in_depths(found)
         if not set(progress.stand_in_depths) <= set(possible):
             raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
-
-
-def _num_bytes(arrays: object) -> int:
-    values = arrays.values() if isinstance(arrays, Mapping) else ()
-    return sum(array.nbytes for array in values if isinstance(array, np.ndarray))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from chainfed_engine.types import Stage
 
 
@@ -33,3 +35,9 @@ class Summary:
     silent: tuple[str, ...] = ()
     num_late: int = 0
     typical_norm: float | None = None
+
+
+def num_bytes(arrays: object) -> int:
+    """Bytes of the arrays among what came; 0 for anything else."""
+    values = arrays.values() if isinstance(arrays, Mapping) else ()
+    return sum(array.nbytes for array in values if isinstance(array, np.ndarray))

@@ -10,27 +10,28 @@ import numpy as np
 
 from chainfed_engine.server import quarantine
 from chainfed_engine.server.aggregate import krum_outsiders
-from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_arrays, refuse_envelope
-from chainfed_engine.types import Reply, Task
+from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_envelope
+from chainfed_engine.types import Arrays, Reply, Task
 
 LOSS = "loss"
 
 
 class UpdateCollector:
-    """`expected`: arrays like those that answer a task; an update has their keys, shapes and dtypes and no other.
-    `before`: what an update is measured from. `last_size`: what was typical of the last cohort that could tell."""
+    """`refuse`: why the arrays of a reply do not answer its task, or None. `before`: what an update is measured from
+    (None: these replies are no updates, their size says nothing). `last_size`: what was typical of the last cohort that
+    could tell."""
 
     def __init__(
         self,
         tasks: Mapping[str, Task],
         *,
-        expected: Callable[[Task], Mapping[str, np.ndarray]],
-        before: Callable[[Task], Mapping[str, np.ndarray]],
+        refuse: Callable[[Task, Arrays], str | None],
+        before: Callable[[Task], Mapping[str, np.ndarray]] | None,
         samples: Mapping[str, int],
         last_size: quarantine.Size | None = None,
     ) -> None:
         self._tasks = tasks
-        self._expected, self._before = expected, before
+        self._refuse, self._before = refuse, before
         self._samples = samples
         self._seen: set[str] = set()
         self._sizes: dict[str, quarantine.Size] = {}
@@ -47,15 +48,18 @@ class UpdateCollector:
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
-            reason = refuse_arrays(reply.arrays, self._expected(task))
+            reason = self._refuse(task, reply.arrays)
         if reason is None:
-            norm = quarantine.update_norm(reply.arrays, self._before(task))
-            self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
+            if self._before is not None:
+                norm = quarantine.update_norm(reply.arrays, self._before(task))
+                self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
             self.usable[reply.client] = reply
         return reason
 
     def finish(self, *, norm_limit: float, aggregation: str, hostile_share: float) -> dict[str, str]:
         """No more replies will come: refuse updates that are out of line with the cohort; client -> reason."""
+        if self._before is None:
+            return {}
         sizes = {client: self._sizes[client] for client in sorted(self.usable)}
         typical = quarantine.typical_size(sizes, self.typical_size)
         refused = quarantine.refuse_norms(sizes, typical, limit=norm_limit)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from chainfed_engine.data import (
@@ -12,6 +13,7 @@ from chainfed_engine.data import (
     collate,
     encode_causal,
     encode_classification,
+    encode_messages,
 )
 from chainfed_engine.errors import DataError, InvalidArgument
 from chainfed_engine.types import IGNORE_INDEX
@@ -119,3 +121,56 @@ def test_empty_batches_and_sizes_are_refused(tokenizer: Tokenizer) -> None:
         collate(encoded, [], 0)
     with pytest.raises(InvalidArgument, match="batch_size of at least 1"):
         next(batches(encoded, 0, seed=None, pad_id=0))
+
+
+CHAT = [
+    {"role": "user", "content": TEXTS[0]},
+    {"role": "assistant", "content": TEXTS[1]},
+    {"role": "user", "content": "And a glacier?"},
+    {"role": "assistant", "content": TEXTS[3]},
+]
+
+
+def test_a_conversation_is_learned_in_the_assistants_turns_alone(chat_store: Path) -> None:
+    tokenizer = Tokenizer.load(chat_store)
+    encoded = encode_messages(as_table([{"chat": CHAT}]), tokenizer, messages="chat", max_length=512)
+    ids, labels = encoded.input_ids[0], encoded.labels[0]
+    learned = labels != IGNORE_INDEX
+    assert np.array_equal(labels[learned], ids[learned])
+    raw = tokenizers.Tokenizer.from_file(str(chat_store / "tokenizer" / "tokenizer.json"))
+    runs = np.flatnonzero(np.diff(np.concatenate([[0], learned.astype(int), [0]]))).reshape(-1, 2)
+    turns = [raw.decode(ids[first:last].tolist(), skip_special_tokens=False) for first, last in runs]
+    assert turns == [f"{TEXTS[1]}<|im_end|>\n", f"{TEXTS[3]}<|im_end|>\n"]
+
+
+def test_one_turn_is_learned_as_prompt_and_response_are(chat_store: Path) -> None:
+    tokenizer = Tokenizer.load(chat_store)
+    chat = encode_messages(as_table([{"m": CHAT[:2]}]), tokenizer, messages="m", max_length=64)
+    pair = as_table([{"p": TEXTS[0], "r": TEXTS[1]}])
+    wanted = encode_causal(pair, tokenizer, prompt="p", response="r", max_length=64)
+    assert np.array_equal(chat.labels[0], wanted.labels[0]) and chat.sample_ids == wanted.sample_ids
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("hello", "expected a list of .* got str"),
+        ([], "expected a list of .* got list"),
+        ([{"role": "user"}], "expected a list of"),
+        ([CHAT[1]], "that the user begins"),
+        ([{"role": "clown", "content": "x"}, CHAT[1]], "no such role"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(chat_store: Path, value: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        encode_messages(as_table([{"m": value}]), Tokenizer.load(chat_store), messages="m", max_length=64)
+
+
+def test_messages_need_a_chat_template_that_only_appends(plain_store: Path, chat_store: Path) -> None:
+    table = as_table([{"m": CHAT}])
+    with pytest.raises(DataError, match=r"chat_template\.jinja"):
+        encode_messages(table, Tokenizer.load(plain_store), messages="m", max_length=64)
+    rewriting = "{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}"
+    (chat_store / "tokenizer" / "chat_template.jinja").write_text(rewriting)
+    with pytest.raises(DataError, match="prompt and response"):
+        encode_messages(table, Tokenizer.load(chat_store), messages="m", max_length=64)

@@ -115,7 +115,12 @@ def test_a_missing_column_names_those_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(None, "expected text, got nothing"), (3, "expected text, got int"), (float("nan"), "got float"), ("  ", "blank")],
+    [
+        (None, "expected text, got nothing"),
+        (3, "expected text, got int"),
+        (float("nan"), "got nothing"),
+        ("  ", "blank"),
+    ],
 )
 def test_what_is_not_text_is_refused_with_its_row(value: object, message: str) -> None:
     table = as_table([{"text": "x"}, {"text": value}])

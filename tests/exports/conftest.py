@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, dump_config
+from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
+from chainfed_engine.config_file import dump_config
 from chainfed_engine.exports.trained_run import TrainedRun
 from chainfed_engine.federation.files import write_arrays
 from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT

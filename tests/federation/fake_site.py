@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.client import Client
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
@@ -79,6 +79,11 @@ class FakeTrainer:
             statistics.update(stand_in.statistics(depth, x, x[::-1].copy()))
         return statistics
 
+    def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
+        name = next(iter(batches)).sample_ids[0]
+        x = np.random.default_rng(len(name)).normal(size=(5, HIDDEN)).astype(np.float32)
+        return classifier_fit.statistics(x, np.arange(5) % CLASSES, CLASSES), 1.0
+
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         total = float(sum(array.sum(dtype=np.float64) for array in arrays.values()))
         samples = sum(len(batch.sample_ids) for batch in batches)
@@ -107,7 +112,17 @@ def encoded(name: str, num_samples: int) -> EncodedData:
 
 
 def config(**fields: Any) -> ChainConfig:
-    return ChainConfig(**{"rounds": 12, "clients_per_round": 3, "batch_size": 4, "eval_every": 5, "lr": 0.1, **fields})
+    return ChainConfig(
+        **{
+            "rounds": 12,
+            "clients_per_round": 3,
+            "batch_size": 4,
+            "eval_every": 5,
+            "lr": 0.1,
+            "probe_rounds": 0,
+            **fields,
+        }
+    )
 
 
 def clients(count: int, trainer: FakeTrainer) -> list[Client]:

@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from chainfed_engine import classifier_fit
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server, Summary
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, adapter_key, classifier_key
@@ -35,7 +36,7 @@ def make_server(
     *, num_layers: int = 4, samples: dict[str, int] | None = None, task: str = "classification", **fields: Any
 ) -> Server:
     """A chain that starts at layer 0 without profiling, unless `fields` say otherwise."""
-    fields = {"start_layer": 0, "stand_in": False, "rounds": 6, "clients_per_round": 3, **fields}
+    fields = {"start_layer": 0, "stand_in": False, "probe_rounds": 0, "rounds": 6, "clients_per_round": 3, **fields}
     clients = samples or {f"client-{index}": 10 + index for index in range(5)}
     classes = 3 if task == "classification" else None
     return Server(ChainConfig(**fields), shape(num_layers), initial(num_layers, classes=classes), clients, task)  # type: ignore[arg-type]
@@ -59,6 +60,18 @@ class Site:
         held.update(task.arrays)
         assert task.versions.keys() <= held.keys(), "the server believes in something the client was never sent"
         generator = np.random.default_rng(int(task.settings["seed"]))
+        if task.settings["closed_form"]:
+            x = generator.normal(size=(self.samples[task.client], HIDDEN))
+            statistics = classifier_fit.statistics(x, (x[:, 0] > 0).astype(np.int64), 3)
+            return Reply(
+                "train",
+                task.client,
+                task.round_id,
+                self.samples[task.client],
+                statistics,
+                {"loss": 1.0},
+                stage=task.stage,
+            )
         arrays = {}
         for key in trained_keys(task):
             arrays[key] = held[key] + generator.normal(size=held[key].shape).astype(np.float32)

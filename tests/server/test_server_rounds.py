@@ -1,9 +1,11 @@
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from chainfed_engine import classifier_fit
 from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays, Reply, Window
@@ -67,6 +69,50 @@ def test_without_a_method_there_is_nothing_to_do() -> None:
 def test_probe_rounds_come_before_the_chain() -> None:
     summaries = play(make_server(probe_rounds=2, rounds=4))
     assert [s.stage.kind for s in summaries if s.stage] == ["probe", "probe", "window", "window"]
+
+
+def test_probing_fits_the_classifier_to_all_rows_seen_so_far_and_touches_nothing_else() -> None:
+    server = make_server(probe_rounds=2, rounds=4)
+    before, site = server.parameters(), Site(server.client_samples)
+    replies = []
+    for _ in range(2):
+        tasks = server.next_tasks()
+        assert all(task.settings["closed_form"] for task in tasks)
+        answers = [site.answer(task) for task in tasks]
+        replies += answers
+        server.receive(reversed(answers))
+    after = server.parameters()
+    assert changed_keys(before, after) == {"classifier.out_weight", "classifier.out_bias"}
+    factor = classifier_fit.merge([reply.arrays["classifier.factor"] for reply in replies])
+    expected = classifier_fit.solve(factor, 3)
+    np.testing.assert_allclose(after["classifier.out_weight"], expected["classifier.out_weight"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["shape", "nan", "key", "dtype"])
+def test_damaged_classifier_statistics_are_refused(damage: str) -> None:
+    server = make_server(probe_rounds=1, rounds=4)
+    site = Site(server.client_samples)
+    replies = [site.answer(task) for task in server.next_tasks()]
+    factor = replies[0].arrays["classifier.factor"].copy()
+    if damage == "nan":
+        factor[0, 0] = np.nan
+    arrays = {"classifier.factor": factor[:, 1:] if damage == "shape" else factor}
+    if damage == "key":
+        arrays = {"classifier.out_weight": factor}
+    if damage == "dtype":
+        arrays = {"classifier.factor": factor.astype(np.float64)}
+    replies[0] = replace(replies[0], arrays=arrays)
+    summary = server.receive(replies)
+    assert set(summary.rejected) == {replies[0].client} and len(summary.clients) == 2
+
+
+@pytest.mark.parametrize(("rounds", "task", "expected"), [(24, "classification", 4), (10, "classification", 2),
+                                                          (4, "classification", 1), (24, "causal-lm", 0)])  # fmt: skip
+def test_auto_probes_for_a_fifth_of_the_rounds_where_there_is_a_classifier(
+    rounds: int, task: str, expected: int
+) -> None:
+    server = make_server(probe_rounds=None, rounds=rounds, task=task)
+    assert sum(s.stage is not None and s.stage.kind == "probe" for s in play(server)) == expected
 
 
 @pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}])
@@ -147,6 +193,7 @@ def test_a_task_tells_the_client_all_it_has_to_know() -> None:
     server = make_server(lr=0.5, batch_size=7, local_epochs=2, max_local_steps=9)
     first, second, _ = server.next_tasks()
     expected = {"lr": 0.5, "batch_size": 7, "local_epochs": 2, "max_local_steps": 9, "start_layer": 0}
+    expected["closed_form"] = False
     assert {key: value for key, value in first.settings.items() if key != "seed"} == expected
     assert first.settings["seed"] != second.settings["seed"]
     assert 0 <= int(first.settings["seed"]) < 2**63

@@ -14,13 +14,14 @@ def _saved(server: Server) -> tuple[Any, Any]:
     return {key: array.copy() for key, array in arrays.items()}, json.loads(json.dumps(record))
 
 
+@pytest.mark.parametrize("probe_rounds", [0, 4])
 @pytest.mark.parametrize("killed_after", [0, 1, 3, 5])
-def test_a_restored_server_ends_with_the_same_bits(killed_after: int) -> None:
-    whole = make_server(rounds=6)
+def test_a_restored_server_ends_with_the_same_bits(killed_after: int, probe_rounds: int) -> None:
+    whole = make_server(rounds=6, probe_rounds=probe_rounds)
     play(whole)
-    first = make_server(rounds=6)
+    first = make_server(rounds=6, probe_rounds=probe_rounds)
     play(first, rounds=killed_after)
-    second = make_server(rounds=6)
+    second = make_server(rounds=6, probe_rounds=probe_rounds)
     second.restore(*_saved(first))
     assert second.round_id == killed_after
     play(second)

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 
+from chainfed_engine import stand_in
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server
-from chainfed_engine.types import Arrays
-from tests.server.server_parts import Site, make_server, play
+from chainfed_engine.types import Arrays, Reply
+from tests.server.server_parts import HIDDEN, Site, changed_keys, initial, make_server, play, shape
 
 ALL = {"samples": {"a": 5, "b": 6}, "clients_per_round": 2}
 
@@ -67,3 +71,30 @@ def test_a_refused_round_does_not_hide_the_adapters_its_window_reached() -> None
     server.next_tasks()
     server.receive([])
     assert _layers(server.next_tasks()[0].versions) == {0, 1, 2}
+
+
+def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_not_trained() -> None:
+    samples = {"a": 5, "b": 6}
+    config = ChainConfig(start_layer=0, window=2, probe_rounds=1, rounds=7, clients_per_round=2)
+    server = Server(config, replace(shape(4), architecture="bert"), initial(4), samples, "classification")
+    site, seen = Site(samples), []
+    while not server.done:
+        tasks = server.next_tasks()
+        if tasks[0].kind == "profile":
+            replies = []
+            for task in tasks:
+                x = np.random.default_rng(len(seen)).normal(size=(6, HIDDEN)).astype(np.float32)
+                depths = range(int(task.settings["depth_start"]), int(task.settings["depth_stop"]))
+                arrays = {k: v for depth in depths for k, v in stand_in.statistics(depth, x, 2 * x).items()}
+                replies.append(Reply("profile", task.client, task.round_id, samples[task.client], arrays))
+            server.receive(replies)
+            continue
+        assert tasks[0].stage is not None
+        names = {key.split(".")[-1] for key in tasks[0].versions if not key.startswith("adapters.")}
+        seen.append((tasks[0].stage.window.stop, names))
+        before = server.parameters()
+        assert server.receive([site.answer(task) for task in tasks]).accepted
+        moved = any(key.startswith("classifier.") for key in changed_keys(before, server.parameters()))
+        assert moved == (tasks[0].stage.window.stop == 4)
+    own, merged = {"out_weight", "out_bias"}, {"logit_weight", "logit_bias"}
+    assert seen == [(4, own), (2, merged), (3, merged), (4, own), (2, merged), (3, merged), (4, own)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server.aggregate import aggregate
+from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.types import Arrays, Reply, Scalar, Stage, Task
 
@@ -44,6 +45,14 @@ class Averaging:
         """Keys, shapes and dtypes of an update that answers `task`."""
         assert task.stage is not None
         return self.model.trained(task.stage)
+
+    def refuse_update(self, task: Task, arrays: Arrays) -> str | None:
+        """Why these arrays do not answer `task`, or None."""
+        return refuse_arrays(arrays, self.expected(task))
+
+    def refuse_statistics(self, task: Task, arrays: Arrays) -> str | None:
+        """The same where the task asks for statistics of the classifier."""
+        return self.model.refuse_factor(arrays)
 
     def before(self, task: Task) -> Mapping[str, np.ndarray]:
         """What an update that answers `task` is measured from, to tell how large it is: here the global values."""

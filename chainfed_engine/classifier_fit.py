@@ -1,0 +1,42 @@
+"""The classifier in closed form: ridge regression of the labels on the final features, exact however clients differ.
+
+Every client sends the least-squares factor of its rows [features | 1 | one-hot label] (`least_squares.py`; it tells
+the client's label counts, and of a small client the features themselves up to a rotation). The server merges and
+solves; the answer is that of all rows in one place, whereas averaged local training of a linear layer is pulled to and
+fro by skewed clients. Least squares fits probabilities; near equal ones a softmax's logits are `num_labels` times as
+steep (dp = dz / C for centred logits), hence the factor. NumPy only.
+
+Source: Fani et al., "Accelerating Heterogeneous Federated Learning with Closed-form Classifiers", 2024, for the idea.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from chainfed_engine import least_squares
+from chainfed_engine.types import Arrays, classifier_key
+
+Matrix = np.ndarray[Any, Any]
+FACTOR_KEY = classifier_key("factor")
+
+
+def statistics(features: Matrix, labels: Matrix, num_labels: int) -> Arrays:
+    """Factor of features [n, D] and labels int64 [n] below `num_labels`: float32 [min(n, W), W], W = D + 1 + C."""
+    one_hot = np.zeros((len(labels), num_labels), features.dtype)
+    one_hot[np.arange(len(labels)), labels] = 1.0
+    return {FACTOR_KEY: least_squares.factor(features, one_hot).astype(np.float32)}
+
+
+def merge(factors: list[Matrix]) -> Matrix:
+    """The factor of the rows of all, float32, in the order given."""
+    return least_squares.merge(factors).astype(np.float32)
+
+
+def solve(factor: Matrix, num_labels: int) -> Arrays:
+    """`classifier.out_weight` float32 [C, D] and `classifier.out_bias` [C]."""
+    fitted = least_squares.solve(factor, factor.shape[1] - 1 - num_labels)
+    steepness = float(num_labels)
+    return {
+        classifier_key("out_weight"): np.ascontiguousarray(steepness * fitted.weight, np.float32),
+        classifier_key("out_bias"): np.ascontiguousarray(steepness * fitted.bias, np.float32),
+    }
