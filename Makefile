@@ -4,12 +4,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# 1: with the CUDA backend, which needs nvcc and some minutes (docs/CUDA.md).
+CHAINFED_CUDA ?= 0
+export CHAINFED_CUDA
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 WHEEL_TESTS := tests/native tests/report tests/callbacks tests/test_schedule.py tests/test_boundary.py tests/test_api.py
-CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export HF_HUB_OFFLINE := 1
 export PATH := $(BIN):$(PATH)
 
@@ -51,7 +54,7 @@ venv: $(VENV)/.samples  ## the virtual environment with everything pinned in con
 
 build: venv  ## compile the native core into the source tree (again after a change to csrc/)
 	@mkdir -p build
-	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON \
+	@cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCHAINFED_TESTS=ON -DCHAINFED_CUDA=$(CHAINFED_CUDA) \
 	  -DPython_EXECUTABLE=$(BIN)/python -DCHAINFED_MODULE_DIR=$(CURDIR)/chainfed_engine/native >build/configure.log \
 	  || { cat build/configure.log; exit 1; }
 	@cmake --build build --parallel $(JOBS)
@@ -148,4 +151,4 @@ docs: build  ## the site in docs/_build/html, without a network
 
 clean:  ## remove everything that was built and the virtual environment
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find chainfed_engine/native -name '_native*.so' -delete
+	find chainfed_engine/native -name '*.so' -delete

@@ -2,7 +2,8 @@
 
 `pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
 `native/__init__.py` (in the source tree for `pip install -e .`). CHAINFED_BUILD_DIR names a build folder to share with
-`cmake --build`. Neither torch nor CUDA is needed to build.
+`cmake --build`. Torch is not needed to build. The CUDA backend is built when nvcc is there; CHAINFED_CUDA=0 or 1 and
+CHAINFED_CUDA_ARCHITECTURES=87 in the environment choose (cmake/cuda.cmake).
 """
 
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+_TARGETS = ("--target", "_native", "chainfed_module")  # the second: the CUDA library, where it is built
+_CUDA_CHOICES = ("CHAINFED_CUDA", "CHAINFED_CUDA_ARCHITECTURES")
 
 
 class CMakeBuild(build_ext):
@@ -29,10 +33,11 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCHAINFED_MODULE_DIR={module_dir}",
             "-DCHAINFED_TESTS=OFF",
+            *(f"-D{name}={os.environ[name]}" for name in _CUDA_CHOICES if name in os.environ),
         ]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(min(4, os.cpu_count() or 1)))
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_native", "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), *_TARGETS, "--parallel", jobs], check=True)
 
 
 setup(

@@ -134,10 +134,11 @@ def run(
     return _run(config, table, held_out, Path(out), resume=resume, callbacks=_watchers(callbacks, on_event))
 
 
-def evaluate(run_dir: str | Path, data_file: str | Path) -> dict[str, float]:
-    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget."""
+def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None = None) -> dict[str, float]:
+    """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget, on `device` or
+    where the run was."""
     run_dir = Path(run_dir)
-    config = load_config(run_dir / "config.toml")
+    config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
     arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = complete(config, data.read_table(data_file, config.data.columns))

@@ -28,6 +28,7 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.schedule import Schedule, num_probe_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
@@ -54,7 +55,7 @@ class ChainTrainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or ChainConfig()
-        self.model = store if isinstance(store, FrozenModel) else FrozenModel(LayerStore.open(Path(store)))
+        self.model = store if isinstance(store, FrozenModel) else _opened(Path(store), self.config)
         task: TaskKind = "classification" if num_labels else "causal-lm"
         cache_format = "int8" if self.config.cache_format == "auto" else self.config.cache_format
         self._trainer = StageTrainer(
@@ -270,3 +271,7 @@ def _tensor(batch: Mapping[str, Any], name: str) -> Tensor:
             f"batch: expected {name} as an int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}"
         )
     return value
+
+
+def _opened(store: Path, config: ChainConfig) -> FrozenModel:
+    return FrozenModel(LayerStore.open(store, place=find_place(config.device)))

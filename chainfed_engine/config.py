@@ -8,6 +8,7 @@ what the user fixed is never changed. Every mistake is one `ConfigError` that sa
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ class ChainConfig:
     stand_in_ridge: float | None = _in("chain", None, above=True, high=1e6, none="auto")
 
     method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
+    device: str = _in("train", "cpu")  # "cpu", "cuda" or "cuda:1"
     lr: float = _in("train", 1e-3, above=True, high=10)
     weight_decay: float = _in("train", 0.01, high=10)
     batch_size: int = _in("train", 16, low=1, high=65536)
@@ -104,6 +106,8 @@ class ChainConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
+            raise ConfigError(f'[train] device: expected "cpu", "cuda" or "cuda:1", got {self.device!r}')
         if self.method in LORA_METHODS:
             object.__setattr__(self, "adapter", "lora")
         if self.client_budgets is not None:

@@ -69,7 +69,7 @@ class Parameters:
     def export(self, window: Window | None = None, *, classifier: bool = True) -> Arrays:
         """float32 copies of the parameters trained with `window`, or of all."""
         keys: Iterable[str] = self._tensors if window is None else self.keys(window, classifier=classifier)
-        return {key: self._tensors[key].detach().numpy().copy() for key in keys}
+        return {key: self._tensors[key].detach().cpu().numpy().copy() for key in keys}
 
     def hash_below(self, layer: int) -> str:
         """Hash of the adapters of layers 0 .. layer - 1; an untrained adapter is the identity and hashes as such."""
@@ -86,7 +86,7 @@ class Parameters:
         digest = hashlib.sha256()
         for name, parameter in self.adapters[layer].named_parameters():
             digest.update(name.encode())
-            array: Any = parameter.detach().contiguous().numpy()
+            array: Any = parameter.detach().contiguous().cpu().numpy()
             digest.update(memoryview(array).cast("B"))
         return digest.hexdigest()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chainfed_engine import stand_in
+from chainfed_engine.model.place import batch_on
 from chainfed_engine.objective import Readout
 from chainfed_engine.objective.stand_in import unit_rows
 from chainfed_engine.prefix import Prefix, token_rows
@@ -58,7 +59,8 @@ def _tokens(hidden: Sequence[Tensor], batches: Sequence[Batch]) -> np.ndarray:
     kept: list[Tensor] = []
     room = MAX_CKA_TOKENS
     for state, batch in zip(hidden, batches, strict=True):
-        tokens = state.reshape(-1, state.shape[-1])[token_rows(batch)[0]][:room]
+        rows = token_rows(batch)[0][:room].to(state.device)
+        tokens = state.reshape(-1, state.shape[-1])[rows].cpu()
         kept.append(tokens)
         room -= len(tokens)
         if room == 0:
@@ -70,7 +72,7 @@ def _features(
     hidden: Sequence[Tensor], batches: Sequence[Batch], readout: Readout, normalise: bool, max_rows: int | None
 ) -> Tensor:
     pairs = zip(hidden, batches, strict=True)
-    rows = torch.cat([readout.stand_in_rows(state, batch) for state, batch in pairs])
+    rows = torch.cat([readout.stand_in_rows(state, batch_on(batch, state.device)).cpu() for state, batch in pairs])
     if max_rows is not None and len(rows) > max_rows:
         rows = rows[torch.arange(max_rows) * len(rows) // max_rows]
     return unit_rows(rows) if normalise else rows

@@ -20,6 +20,7 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import batch_on
 from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective, require_labels
 from chainfed_engine.objective.stand_in import StandIn
 from chainfed_engine.parameters import Parameters
@@ -56,7 +57,8 @@ class StageTrainer:
         if task == "classification":
             if num_labels < 2:
                 raise InvalidArgument(f"num_labels: a classification task needs at least 2 classes, got {num_labels}")
-            self.classifier = classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed)
+            classifier = model.new_classifier(num_labels, config.pooling, seed=config.seed).to(model.device)
+            self.classifier = classifier
             self.readout: ClassificationReadout | CausalReadout = ClassificationReadout(
                 classifier.pooling, classifier.pool, model.final_norm, classifier.score
             )
@@ -66,7 +68,9 @@ class StageTrainer:
                     f"task: {model.shape.architecture} has no LM head; give labels for classification"
                 )
             self.readout = CausalReadout(model.final_norm, model.head)
-        self.adapters: dict[int, Adapter] = {layer: self.new_adapter(layer) for layer in range(model.num_layers)}
+        self.adapters: dict[int, Adapter] = {
+            layer: self.new_adapter(layer).to(model.device) for layer in range(model.num_layers)
+        }
         self.parameters = Parameters(self.adapters, self.classifier)
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
         self.end_objective = Objective(self.readout, None, [], 0.0, at_top=True)
@@ -102,7 +106,7 @@ class StageTrainer:
                 cache_dir,
                 depth=window.start,
                 origin=origin,
-                model_key=f"{self.model.fingerprint} {self.model.activation}",
+                model_key=self.model.record_key,
                 adapters_hash=self.parameters.hash_below,
             )
         if self.window is None or self.window.window != window:
@@ -136,7 +140,8 @@ class StageTrainer:
             hidden = self.window(self.boundary(micro), context)
             if foresees and self.above is not None:
                 hidden = self.above(hidden, context)
-            loss = (self.end_objective if foresees else self.objective)(hidden, micro) * share
+            objective = self.end_objective if foresees else self.objective
+            loss = objective(hidden, batch_on(micro, hidden.device)) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -213,6 +218,7 @@ class StageTrainer:
             if index % BATCHES_A_TRIM == 0:
                 native.trim_heap()  # buffers of ever other sizes touch the whole heap that training left
             samples += len(batch.sample_ids)
+            batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):
                 losses = self.readout.token_losses(hidden, batch)
             else:

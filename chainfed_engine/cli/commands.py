@@ -46,7 +46,7 @@ def synth(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     from chainfed_engine import api
 
-    names = ("budget", "task", "sequence_length", "batch_size", "window")
+    names = ("budget", "task", "sequence_length", "batch_size", "window", "device")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     prediction = api.plan(options.store, **given)
     print(json.dumps(prediction.to_json(), indent=2) if options.json else prediction.table())
@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     from chainfed_engine.callbacks import Progress
     from chainfed_engine.config_file import load_config
 
-    config = load_config(options.config, options.overrides)
+    device = [] if options.device is None else [f"train.device={options.device}"]
+    config = load_config(options.config, [*options.overrides, *device])
     out = Path(options.out)
     with Progress(budget_bytes=config.chain.budget) as progress:
         progress({"event": "phase", "name": "reading model and data"})
@@ -85,7 +86,7 @@ def study(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     from chainfed_engine import api
 
-    scores = api.evaluate(Path(options.run), Path(options.data))
+    scores = api.evaluate(Path(options.run), Path(options.data), device=options.device)
     if options.json:
         print(json.dumps(scores))
     else:

@@ -89,6 +89,7 @@ def _add_store_commands(subparsers: "argparse._SubParsersAction[argparse.Argumen
     plan.add_argument("--sequence-length", type=_positive, metavar="TOKENS")
     plan.add_argument("--batch-size", type=_positive, metavar="SEQUENCES")
     plan.add_argument("--window", type=_positive, metavar="LAYERS")
+    _add_device(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.set_defaults(command=commands.plan)
 
@@ -106,6 +107,7 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
         metavar="TABLE.KEY=VALUE",
         help="override the file, for example --set data.train=PATH (may be given again)",
     )
+    _add_device(run)
     run.set_defaults(command=commands.run)
 
     study = subparsers.add_parser("study", help="methods x data x partitions x seeds: a run each, tables and curves")
@@ -126,6 +128,7 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     evaluate = subparsers.add_parser("eval", help="accuracy or token loss of a run, under the same budget")
     evaluate.add_argument("run", metavar="DIR", help="run directory")
     evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)
 
@@ -148,6 +151,10 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
     report.add_argument("runs", metavar="DIR", nargs="+", help="run directory; several are compared")
     report.add_argument("--out", metavar="FILE", help="page to write (default: report.html in DIR; for several, here)")
     report.set_defaults(command=commands.report)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="where to compute (default: [train] device)")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

@@ -21,11 +21,13 @@ from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
+from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, peak_device_bytes
 from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
 from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.server import Server
 from chainfed_engine.server.plan import Plan as RoundPlan
@@ -45,8 +47,10 @@ def plan_for(
 
     check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
-    request = Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes, facts or DataFacts())
-    return make_plan(request)
+    place = find_place(config.device)
+    device = DeviceFacts(str(place.torch_device), place.is_unified) if place.is_cuda else None
+    facts = facts or DataFacts()
+    return make_plan(Request(info.shape, store_sizes(info), config, task, rss_bytes(), data_bytes, facts, device))
 
 
 def check_choices(info: StoreInfo, config: ChainConfig, task: TaskKind) -> None:
@@ -80,7 +84,7 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     choices = plan.choices
     native.set_num_threads(torch.get_num_threads())
     return trainer_class(config.method)(
-        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True)),
+        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True, place=find_place(config.device))),
         config,
         task=task,
         num_labels=num_labels,
@@ -137,15 +141,17 @@ class Session:
             event = plan_event(self.plan)
             directory.record(event)
             emit(event)
-        return fit(
-            self.server,
-            self.transport,
-            self.evaluator,
-            directory,
-            on_event=emit,
-            resume=resume,
-            measure_memory=self._memory,
-        )
+        device, plan = self.config.device, self.plan
+        with device_memory_errors(device, plan.predicted_peak_bytes, plan.smallest_budget_bytes):
+            return fit(
+                self.server,
+                self.transport,
+                self.evaluator,
+                directory,
+                on_event=emit,
+                resume=resume,
+                measure_memory=self._memory,
+            )
 
     def close(self) -> None:
         self.trainer.end()
@@ -167,7 +173,7 @@ class Session:
         stats, group = self.store.stats(), MemoryGroup.of_this_process()
         cached = resident_file_bytes([self.store.info.path, self._cache])
         group_peak = None if group is None else group.peak_bytes()
-        return {
+        figures = {
             "peak_rss_bytes": peak_rss_bytes(),
             "predicted_peak_bytes": self.plan.predicted_peak_bytes,
             "rss_bytes": rss_bytes(),
@@ -178,6 +184,9 @@ class Session:
             "read_ns": stats["read_ns"],
             "stall_ns": stats["stall_ns"],
         }
+        if self.store.place.index is not None:
+            figures["peak_device_bytes"] = peak_device_bytes(self.store.place.index)
+        return figures
 
 
 def folder_name(client: str) -> str:

@@ -29,7 +29,7 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
-OWN_FIELDS = frozenset({"budget", "client_budgets"})
+OWN_FIELDS = frozenset({"budget", "client_budgets", "device"})
 _MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
 
 

@@ -7,12 +7,15 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from chainfed_engine import least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import ModelShape, TaskKind
+
+if TYPE_CHECKING:
+    from chainfed_engine.memory.device import DeviceFacts
 
 F32, F64 = 4, 8
 MIB = 1 << 20
@@ -72,6 +75,7 @@ class Request:
     interpreter_bytes: int
     data_bytes: int = 0
     facts: DataFacts = field(default_factory=DataFacts)
+    device: "DeviceFacts | None" = None  # None: the CPU
 
     @property
     def tokens(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from chainfed_engine.errors import MemoryBudgetExceeded
+from chainfed_engine.memory.device import parts_on_device
 from chainfed_engine.memory.parts import (
     BATCH_TOKEN_BYTES,
     F32,
@@ -54,7 +55,8 @@ _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 class Plan:
     """`predicted_peak_bytes` of resident memory; `parts` add up to it; `choices` are what the run will use.
 
-    `reasons`: why each choice is as it is, by its name.
+    `reasons`: why each choice is as it is, by its name. For a run on a CUDA device with memory of its own the peak is
+    that memory's, and `facts` hold `predicted_host_bytes` beside it.
     """
 
     predicted_peak_bytes: int
@@ -126,7 +128,11 @@ def predict(request: Request, choices: Choices) -> Plan:
     parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
     parts["libraries at work"] = WORKING_BYTES
     parts["heap"] = HEAP_BYTES + phases[highest] // 32
-    return Plan(sum(parts.values()), parts, choices, request.config.budget)
+    facts: dict[str, Any] = {}
+    if request.device is not None:
+        parts, host_bytes = parts_on_device(request, choices, parts)
+        facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
+    return Plan(sum(parts.values()), parts, choices, request.config.budget, facts)
 
 
 def step_seconds(request: Request, choices: Choices) -> float:

@@ -49,7 +49,7 @@ class SeedTrainer(ForwardTrainer):
         length = np.float32(-self.lr * slope)
         with torch.no_grad():
             for key, tensor in self.trained_tensors.items():
-                tensor.add_(torch.from_numpy(along[key]), alpha=float(length))
+                tensor.add_(torch.from_numpy(along[key]).to(tensor.device), alpha=float(length))
         self._steps[index] += length
         return loss
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.model.place import batch_on
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Scalar, Stage
 
@@ -52,7 +53,8 @@ class ForwardTrainer(StageTrainer):
         losses = []
         for sign in (1.0, -1.0):
             for key, tensor in self.trained_tensors.items():
-                torch.add(origin[key], torch.from_numpy(direction[key]), alpha=sign * step, out=tensor)
+                along = torch.from_numpy(direction[key]).to(tensor.device)
+                torch.add(origin[key], along, alpha=sign * step, out=tensor)
             losses.append(self.loss(batch))
         for key, tensor in self.trained_tensors.items():
             tensor.copy_(origin[key])
@@ -68,5 +70,5 @@ class ForwardTrainer(StageTrainer):
         total = 0.0
         for micro, share in self._micro_batches(batch):
             hidden = self.window(self.boundary(micro), self.model.context(micro))
-            total += share * float(self.objective(hidden, micro))
+            total += share * float(self.objective(hidden, batch_on(micro, hidden.device)))
         return total

@@ -16,7 +16,7 @@ from chainfed_engine.types import Arrays
 
 def module_arrays(module: nn.Module, key: Callable[[str], str]) -> Arrays:
     """f32 copies of the module's parameters; `key` turns a parameter's name into the message's key."""
-    return {key(name): value.detach().float().numpy().copy() for name, value in module.named_parameters()}
+    return {key(name): value.detach().float().cpu().numpy().copy() for name, value in module.named_parameters()}
 
 
 def load_module_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], key: Callable[[str], str]) -> None:

@@ -3,6 +3,7 @@
 batch -> embed -> [B,T,D] -> layers -> [B,T,D] -> final norm -> head or classifier. A layer is the library's module with
 every linear replaced by a `FrozenLinear`; its small parameters (norms, biases) are copied in when it is bound to a
 layer of the store. The prefix shares one skeleton, bound to layer after layer; a layer of the window keeps its own.
+Embeddings are computed on the CPU, all else on the store's place.
 B sequences, T positions padded on the right, D hidden, V vocabulary.
 """
 
@@ -45,7 +46,7 @@ class FrozenLayer(nn.Module):
             self.linears[name] = frozen
             self.module.set_submodule(name, frozen)
         for name, parameter in list(self.module.named_parameters()):
-            set_parameter(self.module, name, torch.empty(parameter.shape))
+            set_parameter(self.module, name, torch.empty(parameter.shape, device=compute.device))
         self.bind(index)
 
     def bind(self, index: int) -> None:
@@ -66,7 +67,7 @@ class FrozenLayer(nn.Module):
     def forward(self, hidden: Tensor, context: LayerContext, adapter: LayerAdapter | None = None) -> Tensor:
         arguments = {} if context.rotary is None else {"position_embeddings": context.rotary}
         # The lease keeps the layer in its slot from the first linear to the last.
-        with self.store.lease(self.file), self._with_inside(adapter):
+        with self.store.weights(self.file), self._with_inside(adapter):
             hidden = self.module(hidden, attention_mask=context.masks[self.attention_kind], **arguments)
         return hidden if adapter is None else adapter(hidden)
 
@@ -103,7 +104,7 @@ class FrozenHead:
         """(matrix [num_rows, D], first row) of every shard in order; a matrix is valid until the next is asked for."""
         shards = self._store.head_shards
         for position, shard in enumerate(shards):
-            with self._store.lease(shard.file) as lease:
+            with self._store.weights(shard.file) as lease:
                 if position + 1 < len(shards):
                     self._store.prefetch(shards[position + 1].file)
                 yield lease.matrix("head.weight"), shard.first_row
@@ -134,11 +135,12 @@ class FrozenModel:
         self.family = family(info.architecture)
         self.config = self.family.config(info.config)
         self.shape: ModelShape = info.shape
-        self._compute = Compute(self.activation)
+        self.device = store.place.torch_device
+        self._compute = Compute(self.activation, self.device)
         self._skeleton: FrozenLayer | None = None
         self._embeddings = self._filled(self.family.embeddings(self.config), prefix="")
         norm = self.family.final_norm(self.config)
-        self._norm = None if norm is None else self._filled(norm, prefix="norm.")
+        self._norm = None if norm is None else self._filled(norm, prefix="norm.").to(self.device)
         self.head = FrozenHead(store, self._compute) if store.head_shards else None
 
     @property
@@ -150,6 +152,13 @@ class FrozenModel:
         return self.store.fingerprint
 
     @property
+    def record_key(self) -> str:
+        """What the bits of this model's hidden states depend on, beside adapters and samples: kinds of device sum in
+        other orders."""
+        place = "" if self.device.type == "cpu" else f" {self.device.type}"
+        return f"{self.fingerprint} {self.activation}{place}"
+
+    @property
     def is_pre_norm(self) -> bool:
         """Whether a norm stands between the last layer and the head, which makes the head blind to a row's length."""
         return self._norm is not None
@@ -159,11 +168,12 @@ class FrozenModel:
         """The first layer's input, f32 [B,T,D]. Raises InvalidArgument: padding, length, or an id out of range."""
         checked_mask(batch, self.shape.max_positions)
         words = self.store.word_rows(batch.input_ids.reshape(-1)).view(*batch.input_ids.shape, -1)
-        return self.family.embed(self.config, self._embeddings, words, batch)
+        return self.family.embed(self.config, self._embeddings, words, batch).to(self.device)
 
     def context(self, batch: Batch) -> LayerContext:
         """What all layers share in a pass over the batch; reads `attention_mask` alone."""
-        return self.family.context(self.config, checked_mask(batch, self.shape.max_positions))
+        context = self.family.context(self.config, checked_mask(batch, self.shape.max_positions))
+        return context if self.device.type == "cpu" else context.to(self.device)
 
     def layer(self, index: int) -> FrozenLayer:
         """Layer `index` with small parameters of its own, for the window."""
@@ -176,7 +186,7 @@ class FrozenModel:
         """Layer `index` (and its adapter) without gradient: [B,T,D] -> [B,T,D]; the next layer is read meanwhile."""
         if self._skeleton is None:
             self._skeleton = self.layer(index)
-        with self.store.lease_layer(index):
+        with self.store.weights(self.store.layer_file(index)):
             if index + 1 < self.num_layers:
                 self.store.prefetch_layer(index + 1)
             if self._skeleton.index != index:

@@ -3,7 +3,8 @@
 Enters: x [..., K] (f32; f64 for gradient checks). Leaves: x W^T + bias [..., N], and in backward grad W. The weight is
 leased from the store for the length of one native call, in forward and again in backward; autograd saves the binding
 (store, file, tensor name) and neither the weight nor x, since a frozen weight has no gradient. `out` is allocated here;
-scratch memory is the model's one `Workspace`.
+scratch memory is the model's one `Workspace`. Where x is decides where the product is computed; on a CUDA device the
+exact path of f64 does not exist.
 """
 
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from chainfed_engine import native
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.model.device_weights import DeviceLease
+from chainfed_engine.model.place import device_of, stream_of
 
 Activation = Literal["int8", "f32"]
 _ROWS_PER_BLOCK = 1024  # decoded at a time on the f64 path
 
 
 class LeaseSource(Protocol):
-    def lease(self, file: int) -> native.Lease: ...
+    def weights(self, file: int) -> native.Lease | DeviceLease: ...
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,17 @@ class Binding:
 
 @dataclass
 class Compute:
-    """How one model multiplies, and its scratch memory: one buffer, grown to the largest call seen."""
+    """How one model multiplies, where, and its scratch memory: one buffer, grown to the largest call seen."""
 
     activation: Activation
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workspace: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     def scratch(self, num_bytes: int) -> Tensor:
         """uint8 [at least num_bytes], contents undefined, valid until the next call."""
-        if self.workspace.numel() < num_bytes:
+        if self.workspace.numel() < num_bytes or self.workspace.device != self.device:
             self.workspace = torch.empty(0, dtype=torch.uint8)  # free the old one before asking for the new one
-            self.workspace = torch.empty(num_bytes, dtype=torch.uint8)
+            self.workspace = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return self.workspace
 
 
@@ -70,7 +74,8 @@ class FrozenLinear(nn.Module):
         self.compute = compute
         self.binding: Binding | None = None
         self.low_rank: LowRank | None = None
-        self.register_buffer("bias", torch.zeros(out_features) if has_bias else None, persistent=False)
+        bias = torch.zeros(out_features, device=compute.device) if has_bias else None
+        self.register_buffer("bias", bias, persistent=False)
 
     def bind(self, binding: Binding) -> None:
         self.binding = binding
@@ -91,7 +96,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.binding, ctx.compute, ctx.in_features = binding, compute, x.shape[-1]
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-        with binding.store.lease(binding.file) as lease:
+        with binding.store.weights(binding.file) as lease:
             matrix = lease.matrix(binding.name)
             out = (
                 _exact_forward(matrix, rows, bias)
@@ -104,7 +109,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         rows = grad_out.detach().reshape(-1, grad_out.shape[-1]).contiguous()
-        with ctx.binding.store.lease(ctx.binding.file) as lease:
+        with ctx.binding.store.weights(ctx.binding.file) as lease:
             matrix = lease.matrix(ctx.binding.name)
             exact = grad_out.dtype == torch.float64
             grad = _exact_grad_input(matrix, rows) if exact else _grad_input(matrix, rows, ctx.compute)
@@ -112,19 +117,26 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(matrix: native.Matrix, x: Tensor, bias: Tensor | None, compute: Compute) -> Tensor:
-    out = torch.empty(x.shape[0], matrix.num_rows)
-    num_bytes = native.linear_forward_workspace_bytes(matrix.block_format, x.shape[0], matrix.num_rows, matrix.num_cols)
+    out = torch.empty(x.shape[0], matrix.num_rows, device=x.device)
+    num_bytes = native.linear_forward_workspace_bytes(
+        matrix.block_format, x.shape[0], matrix.num_rows, matrix.num_cols, device_of(x)
+    )
     workspace = compute.scratch(num_bytes)
-    native.linear_forward(matrix, x, bias, activation=compute.activation, out=out, workspace=workspace)
+    native.linear_forward(
+        matrix, x, bias, activation=compute.activation, out=out, workspace=workspace, stream=stream_of(x)
+    )
     return out
 
 
 def _grad_input(matrix: native.Matrix, grad_out: Tensor, compute: Compute) -> Tensor:
-    out = torch.empty(grad_out.shape[0], matrix.num_cols)
+    out = torch.empty(grad_out.shape[0], matrix.num_cols, device=grad_out.device)
     num_bytes = native.linear_grad_input_workspace_bytes(
-        matrix.block_format, grad_out.shape[0], matrix.num_rows, matrix.num_cols
+        matrix.block_format, grad_out.shape[0], matrix.num_rows, matrix.num_cols, device_of(grad_out)
     )
-    native.linear_grad_input(matrix, grad_out, out=out, workspace=compute.scratch(num_bytes))
+    workspace = compute.scratch(num_bytes)
+    native.linear_grad_input(
+        matrix, grad_out, activation=compute.activation, out=out, workspace=workspace, stream=stream_of(grad_out)
+    )
     return out
 
 

@@ -2,8 +2,9 @@
 
 Enters: the path of a store and how many files may be in memory at a time. Leaves: leases on layers and head shards,
 word rows, small tensors. Files have the index they have in `info.files`: 0 the embedding, then the layers, then the
-head's shards. Layers and shards share one ring of slots; the embedding has a reader of its own, so that a large
-vocabulary does not set the size of the ring's slots. Unless all is resident, word rows are read from disk one by one.
+head's shards. Layers and shards share one ring of slots (and, for a CUDA device, slots there: `weights`); the embedding
+has a reader of its own, so that a large vocabulary does not set the size of the ring's slots. Unless all is resident,
+word rows are read from disk one by one.
 """
 
 import os
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, InvalidArgument
+from chainfed_engine.model.device_weights import DeviceLease, InPlace, Streamed, TorchStreams
 from chainfed_engine.model.format import StoreInfo
+from chainfed_engine.model.place import CPU, Place
 
 FREE_SLOTS = 2  # beside pinned layers: a file in use and one being read
 _EMBEDDING = 0
+_STAGING_SLOTS = 2  # pinned on the host for a device with memory of its own: one is copied while the next is read
 _WORDS, _HEAD = "word_embeddings.weight", "head.weight"
 
 
@@ -34,31 +38,48 @@ class Shard:
 class LayerStore:
     """Made by `open`. Not thread-safe. Leases must be released before `close`."""
 
-    def __init__(self, info: StoreInfo, num_slots: int | None, direct: bool) -> None:
+    def __init__(self, info: StoreInfo, num_slots: int | None, direct: bool, place: Place = CPU) -> None:
         ring = [file.native() for file in info.files[1:]]
-        self.info = info
-        self.resident = num_slots is None
+        self.info, self.place = info, place
+        on_device = place.is_cuda and not place.is_unified
+        self.resident = num_slots is None and not on_device
         self.num_slots = num_slots or len(ring)
         self._embedding = native.StoreReader([info.embedding.native()], num_slots=1, direct=direct)
-        self._ring = native.StoreReader(ring, num_slots=num_slots or len(ring), direct=direct)
+        host_slots = _STAGING_SLOTS if on_device else self.num_slots
+        self._ring = native.StoreReader(ring, num_slots=host_slots, direct=direct, pinned_for=place.index)
+        self._device: Streamed | InPlace | None = None
+        if place.index is not None:
+            streams = TorchStreams(place.index)
+            self._device = (
+                Streamed(self._ring, streams, num_slots=self.num_slots, num_host_slots=host_slots)
+                if on_device
+                else InPlace(self._ring, streams, index=place.index, num_host_slots=host_slots)
+            )
         self.head_shards = _shards(info)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, num_slots: int | None = None, direct: bool = True, verify: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_slots: int | None = None,
+        direct: bool = True,
+        verify: bool = False,
+        place: Place = CPU,
     ) -> "LayerStore":
         """Open the store at `path`.
 
         `num_slots`: files (layers and head shards) in memory at a time, 1 or more; None: the whole store stays in
-        memory once read. `direct`: bypass the page cache. `verify`: compare every sha256 first. Raises InvalidArgument,
-        StorageError, CorruptFile, UnsupportedModel.
+        memory once read. `direct`: bypass the page cache. `verify`: compare every sha256 first. `place`: who computes;
+        on a device with memory of its own the slots are there. Raises InvalidArgument, StorageError, CorruptFile,
+        UnsupportedModel.
         """
         if num_slots is not None and num_slots < 1:
             raise InvalidArgument(f"num_slots: expected 1 or more, or None for all files, got {num_slots}")
         info = StoreInfo.read(path)
         if verify:
             info.verify()
-        return cls(info, num_slots, direct)
+        return cls(info, num_slots, direct, place)
 
     @property
     def num_layers(self) -> int:
@@ -79,12 +100,16 @@ class LayerStore:
         """Pin a file in memory, reading it if need be. Raises CorruptFile, StorageError."""
         return self._embedding.acquire(0) if file == _EMBEDDING else self._ring.acquire(file - 1)
 
-    def pin_layers(self, layers: Iterable[int]) -> list[native.Lease]:
+    def weights(self, file: int) -> native.Lease | DeviceLease:
+        """A layer or head shard where `place` computes: `lease` for the CPU, a lease on the device otherwise."""
+        return self.lease(file) if self._device is None else self._device.lease(file - 1)
+
+    def pin_layers(self, layers: Iterable[int]) -> list[native.Lease | DeviceLease]:
         """Leases that keep these layers in memory until released; none where two slots would not stay free."""
         wanted = list(layers)
         if self.resident or len(wanted) + FREE_SLOTS > self.num_slots:
             return []
-        return [self.lease_layer(index) for index in wanted]
+        return [self.weights(self.layer_file(index)) for index in wanted]
 
     def prefetch(self, file: int) -> None:
         """Start reading a layer or a head shard in the background, if a slot is free."""
@@ -148,6 +173,8 @@ class LayerStore:
 
     def close(self) -> None:
         """Stop reading and free the weights."""
+        if self._device is not None:
+            self._device.close()
         self._ring.close()
         self._embedding.close()
 

@@ -1,7 +1,12 @@
-"""Contract of the compiled core. An Array is a C-contiguous CPU array that speaks DLPack (torch tensors that do not
+"""Contract of the compiled core. An Array is a C-contiguous array that speaks DLPack (torch tensors that do not
 require grad, NumPy arrays) or the buffer protocol. Exact dtypes, no cast, no copy; `*_out`/`out` are caller-allocated,
 writable and alias no input. The GIL is released around every kernel and read. Errors are `chainfed_engine.errors`
 classes; on InvalidArgument no buffer has been touched.
+
+Arrays are on the CPU. Functions with a `stream` also run on a CUDA device: the first array or matrix decides where, all
+others must be there too, and the work is queued on `stream` (an address; 0: the default stream), which nothing waits
+for. Values on a device are not looked at: indices out of range are passed over. `device`: the number of a CUDA device,
+None: the CPU.
 """
 
 from collections.abc import Sequence
@@ -32,9 +37,18 @@ class Matrix:
     def num_cols(self) -> int: ...
     @property
     def block_format(self) -> str: ...
+    @property
+    def device(self) -> str: ...  # "cpu", "cuda:0"
 
 class Lease:
-    def matrix(self, name: str) -> Matrix: ...
+    # device: read in place by a device that the reader's slots are pinned for (boards with one memory).
+    def matrix(self, name: str, *, device: int | None = None) -> Matrix: ...
+    # Copy the file to slot u8 [>= file_bytes] on a device; hold the lease until the stream is past it.
+    def copy_to(self, slot: Array, *, stream: int) -> None: ...
+    # A tensor of the file inside such a copy: as valid as what the slot holds, whatever becomes of the lease.
+    def matrix_in(self, name: str, slot: Array) -> Matrix: ...
+    @property
+    def file_bytes(self) -> int: ...
     def names(self) -> list[str]: ...
     def release(self) -> None: ...
     def __enter__(self) -> Lease: ...
@@ -50,6 +64,7 @@ class StoreReader:
         *,
         num_slots: int,
         direct: bool = True,
+        pinned_for: int | None = None,  # page-lock the slots for this CUDA device
     ) -> None: ...
     def prefetch(self, file: int) -> None: ...
     def acquire(self, file: int) -> Lease: ...
@@ -70,13 +85,21 @@ def nf4_table() -> list[float]: ...  # the 16 values of NF4, ascending
 def repack_q4_1(blocks: Array, *, num_rows: int, num_cols: int, codes_out: Array, scales_out: Array) -> None: ...
 def repack_q8_0(blocks: Array, *, num_rows: int, num_cols: int, codes_out: Array, scales_out: Array) -> None: ...
 
-# activation: "int8" (integer dots for int4, nf4, int8; plain f32 for bf16/f32 weights) or "f32" (decoded weights)
+# activation: "f32" is exact, the weights decoded. "int8" is fast: on the CPU integer dots for int4, nf4, int8 (plain
+# f32 for bf16/f32 weights, and for grad_input); on CUDA factors of 11 bits on tensor cores, or bf16 in the library's
+# product.
 def linear_forward(
-    matrix: Matrix, x: Array, bias: Array | None, *, activation: str, out: Array, workspace: Array
+    matrix: Matrix, x: Array, bias: Array | None, *, activation: str, out: Array, workspace: Array, stream: int = 0
 ) -> None: ...
-def linear_grad_input(matrix: Matrix, grad_out: Array, *, out: Array, workspace: Array) -> None: ...
-def linear_forward_workspace_bytes(block_format: str, num_tokens: int, num_rows: int, num_cols: int) -> int: ...
-def linear_grad_input_workspace_bytes(block_format: str, num_tokens: int, num_rows: int, num_cols: int) -> int: ...
+def linear_grad_input(
+    matrix: Matrix, grad_out: Array, *, activation: str = "f32", out: Array, workspace: Array, stream: int = 0
+) -> None: ...
+def linear_forward_workspace_bytes(
+    block_format: str, num_tokens: int, num_rows: int, num_cols: int, device: int | None = None
+) -> int: ...
+def linear_grad_input_workspace_bytes(
+    block_format: str, num_tokens: int, num_rows: int, num_cols: int, device: int | None = None
+) -> int: ...
 def cross_entropy_update(
     shard: Matrix,
     first_row: int,
@@ -90,6 +113,7 @@ def cross_entropy_update(
     grad: Array | None,
     target_row: Array | None,
     workspace: Array,
+    stream: int = 0,
 ) -> None: ...
 def cross_entropy_finish(
     *,
@@ -100,8 +124,11 @@ def cross_entropy_finish(
     loss_out: Array,
     grad: Array | None,
     target_row: Array | None,
+    stream: int = 0,
 ) -> None: ...
-def cross_entropy_workspace_bytes(block_format: str, num_tokens: int, num_rows: int, hidden_size: int) -> int: ...
+def cross_entropy_workspace_bytes(
+    block_format: str, num_tokens: int, num_rows: int, hidden_size: int, device: int | None = None
+) -> int: ...
 def record_bytes(cache_format: str, hidden_size: int) -> int: ...
 def boundary_encode(
     hidden: Array,  # f32 [T, D]
@@ -110,5 +137,22 @@ def boundary_encode(
     adapter: tuple[Array, Array, Array, Array] | None,
     cache_format: str,
     out: Array,  # u8 [T, record_bytes]
+    stream: int = 0,
 ) -> None: ...
-def boundary_decode(records: Array, out_rows: Array, *, cache_format: str, out: Array) -> None: ...  # out f32 [*, D]
+def boundary_decode(  # out f32 [*, D]
+    records: Array, out_rows: Array, *, cache_format: str, out: Array, stream: int = 0
+) -> None: ...
+
+# CUDA: a library of its own beside this module, opened by the first call that needs it. All but the first raise
+# UnsupportedHardware without it, or without a driver that serves it.
+def cuda_is_built() -> bool: ...
+def cuda_architectures() -> str: ...  # built for: "80;87;89;90"
+def num_cuda_devices() -> int: ...
+
+# name, architecture (87), num_processors, is_unified (one memory with the CPU), total_bytes, free_bytes, has_library
+# (cuBLASLt was found), library_from_tokens (or None: never), driver_version, runtime_version (12060: 12.6)
+def cuda_device(device: int) -> dict[str, Any]: ...
+
+# From how many tokens on a product decodes the weights once and calls cuBLASLt; None: never.
+def set_library_from_tokens(device: int, tokens: int | None) -> None: ...
+def set_cuda_library(path: str | None) -> None: ...  # another library, for tests; None: the one beside this module

@@ -124,7 +124,7 @@ class CausalReadout:
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
         targets = self.targets(batch)
         rows = self.final_norm(torch.cat(list(branches)))
-        token_weight = torch.tensor(weights).repeat_interleave(len(targets)) / len(targets)
+        token_weight = rows.new_tensor(weights).repeat_interleave(len(targets)) / len(targets)
         return weighted_head_loss(rows, targets.repeat(len(branches)), token_weight, self.head)
 
     def targets(self, batch: Batch) -> Tensor:

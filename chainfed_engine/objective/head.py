@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chainfed_engine import native
+from chainfed_engine.model.place import device_of, stream_of
 
 
 class Head(Protocol):
@@ -33,10 +34,11 @@ def head_losses(
     count, width = hidden.shape
     grad = torch.zeros_like(hidden) if token_weight is not None else None
     target_row = torch.zeros_like(hidden) if token_weight is not None else None
-    running_max = torch.full((count,), -torch.inf)
-    running_sum, target_logit, losses = torch.zeros(count), torch.zeros(count), torch.empty(count)
-    size = native.cross_entropy_workspace_bytes(head.block_format, count, head.max_shard_rows, width)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    running_max = hidden.new_full((count,), -torch.inf)
+    running_sum, target_logit, losses = (hidden.new_zeros(count) for _ in range(3))
+    size = native.cross_entropy_workspace_bytes(head.block_format, count, head.max_shard_rows, width, device_of(hidden))
+    workspace = torch.empty(size, dtype=torch.uint8, device=hidden.device)
+    stream = stream_of(hidden)
     for shard, first_row in head.shards():
         native.cross_entropy_update(
             shard,
@@ -50,6 +52,7 @@ def head_losses(
             grad=grad,
             target_row=target_row,
             workspace=workspace,
+            stream=stream,
         )
     native.cross_entropy_finish(
         running_max=running_max,
@@ -59,6 +62,7 @@ def head_losses(
         loss_out=losses,
         grad=grad,
         target_row=target_row,
+        stream=stream,
     )
     return losses, grad
 

@@ -41,5 +41,5 @@ class StandIn:
     def __call__(self, rows: Tensor) -> Tensor:
         rows = unit_rows(rows) if self.normalise else rows
         for factor in self.factors:
-            rows = rows @ factor.T.to(rows.dtype)
-        return rows + self.bias.to(rows.dtype)
+            rows = rows @ factor.T.to(rows)
+        return rows + self.bias.to(rows)

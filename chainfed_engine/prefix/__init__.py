@@ -14,6 +14,7 @@ from chainfed_engine import native
 from chainfed_engine.adapters import Adapter, Bottleneck
 from chainfed_engine.model.families.base import LayerContext
 from chainfed_engine.model.frozen import FrozenModel
+from chainfed_engine.model.place import stream_of
 from chainfed_engine.types import Batch
 
 DEFAULT_FILL_BYTES = 64 << 20
@@ -69,9 +70,12 @@ class Prefix:
     def decode(self, records: Tensor, batch: Batch) -> Tensor:
         """Hidden state f32 [B, T, D] of packed records, zeros in the padding of `batch`."""
         rows, _ = token_rows(batch)
-        hidden = torch.zeros(*batch.attention_mask.shape, self.model.shape.hidden_size)
+        device = self.model.device
+        hidden = torch.zeros(*batch.attention_mask.shape, self.model.shape.hidden_size, device=device)
         flat = hidden.view(-1, hidden.shape[-1])
-        native.boundary_decode(records, rows, cache_format=self.cache_format, out=flat)
+        native.boundary_decode(
+            records.to(device), rows.to(device), cache_format=self.cache_format, out=flat, stream=stream_of(flat)
+        )
         return hidden
 
     def _sweep_chunk(self, chunk: list[Batch], layers: range, last_adapter: bool) -> Iterator[tuple[Batch, Tensor]]:
@@ -89,12 +93,14 @@ class Prefix:
         rows, lengths = token_rows(batch)
         tokens = hidden.reshape(-1, hidden.shape[-1])
         if len(rows) != len(tokens):
-            tokens = tokens[rows]
-        records = torch.empty(len(rows), self.record_bytes, dtype=torch.uint8)
+            tokens = tokens[rows.to(tokens.device)]
+        records = torch.empty(len(rows), self.record_bytes, dtype=torch.uint8, device=tokens.device)
         adapter = self.adapters[layer]
         fused = bottleneck_tensors(adapter) if is_active(adapter) else None
-        native.boundary_encode(tokens.contiguous(), adapter=fused, cache_format=self.cache_format, out=records)
-        return lengths, records
+        native.boundary_encode(
+            tokens.contiguous(), adapter=fused, cache_format=self.cache_format, out=records, stream=stream_of(tokens)
+        )
+        return lengths, records.cpu()
 
 
 def is_active(adapter: Adapter) -> bool:

@@ -4,29 +4,33 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/host_device.h"
+
 namespace chainfed {
 
-static inline uint32_t float_bits(float value) {
+CHAINFED_HOST_DEVICE static inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float bits_float(uint32_t bits) {
+CHAINFED_HOST_DEVICE static inline float bits_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline float bf16_to_float(uint16_t half) { return bits_float(static_cast<uint32_t>(half) << 16); }
+CHAINFED_HOST_DEVICE static inline float bf16_to_float(uint16_t half) {
+  return bits_float(static_cast<uint32_t>(half) << 16);
+}
 
-static inline uint16_t float_to_bf16(float value) {
+CHAINFED_HOST_DEVICE static inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = float_bits(value);
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // keep NaN a NaN
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline float f16_to_float(uint16_t half) {
+CHAINFED_HOST_DEVICE static inline float f16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1Fu;
   const uint32_t mantissa = half & 0x3FFu;
@@ -36,7 +40,7 @@ static inline float f16_to_float(uint16_t half) {
   return bits_float(sign | float_bits(magnitude));
 }
 
-static inline uint16_t float_to_f16(float value) {
+CHAINFED_HOST_DEVICE static inline uint16_t float_to_f16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;

@@ -121,26 +121,36 @@ class ArrayReader {
   }
 
  private:
-  static py::object export_capsule(py::handle object) {
+  // A CUDA array is exported without waiting for its stream (-1): the call runs on the caller's.
+  static py::object export_capsule(py::handle object, bool is_cuda) {
     const py::object method = object.attr("__dlpack__");
+    py::dict arguments;
+    if (is_cuda) arguments["stream"] = -1;
+    py::dict versioned = py::reinterpret_steal<py::dict>(PyDict_Copy(arguments.ptr()));
+    versioned["max_version"] = py::make_tuple(kDlpackMajor, 0);
     try {
-      return method(py::arg("max_version") = py::make_tuple(kDlpackMajor, 0));
+      return method(**versioned);
     } catch (py::error_already_set& error) {
       if (!error.matches(PyExc_TypeError)) throw;  // a TypeError: an exporter from before max_version
     }
-    return method();
+    return method(**arguments);
+  }
+
+  static int place_of(int32_t type, int32_t id) {
+    if (type == kDlpackCpu || type == kDlpackCudaHost) return kOnCpu;
+    return type == kDlpackCuda && id >= 0 ? id : kElsewhere;
   }
 
   static void read_dlpack(py::handle object, Array& array) {
     if (py::hasattr(object, "__dlpack_device__")) {
       const py::tuple device = object.attr("__dlpack_device__")();
-      if (py::cast<int>(py::int_(device[0])) != kDlpackCpu) {
-        array.on_cpu_ = false;
+      array.place_ = place_of(py::cast<int>(py::int_(device[0])), py::cast<int>(py::int_(device[1])));
+      if (array.place_ == kElsewhere) {
         array.null_ = false;
         return;
       }
     }
-    const py::object capsule = export_capsule(object);
+    const py::object capsule = export_capsule(object, array.place_ >= 0);
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<DlpackManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
       if (managed->version.major != kDlpackMajor) throw py::buffer_error("a DLPack version other than 1");
@@ -166,7 +176,7 @@ class ArrayReader {
     array.shape_.assign(tensor.shape, tensor.shape + tensor.num_dims);
     array.dtype_ = dlpack_dtype(tensor);
     array.contiguous_ = is_contiguous(array.shape_, tensor.strides, 1);
-    array.on_cpu_ = tensor.device.type == kDlpackCpu;
+    array.place_ = place_of(tensor.device.type, tensor.device.id);
     array.data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
     array.null_ = false;
   }
@@ -203,8 +213,32 @@ int64_t Array::num_bytes() const {
   return bytes;
 }
 
-Array Arguments::read(const char* name, py::handle object, const std::string& expected) const {
-  const std::string prefix = std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got ";
+std::string place_name(int place) {
+  if (place == kOnCpu) return "the CPU";
+  return place >= 0 ? "cuda:" + std::to_string(place) : "another device";
+}
+
+void Arguments::require_place(const char* name, int place) {
+  if (place_ == kUndecided && place != kElsewhere) {
+    place_ = place;
+    place_of_ = name;
+  }
+  if (place == place_) return;
+  if (place_of_ != nullptr) {
+    fail(std::string(name) + " must be on " + place_name(place_) + " as " + place_of_ + " is, got an array on " +
+         place_name(place) + "; move it with .to(...)");
+  }
+  fail(std::string(name) + " must be C-contiguous on the CPU, got an array on " + place_name(place));
+}
+
+void* Arguments::stream(uintptr_t handle) const {
+  if (handle != 0 && !on_cuda()) fail("stream must be 0 for arrays on the CPU");
+  return reinterpret_cast<void*>(handle);
+}
+
+Array Arguments::read(const char* name, py::handle object, const std::string& expected) {
+  const std::string prefix = std::string(name) + " must be " + expected + ", C-contiguous on " +
+                             place_name(on_cuda() ? place_ : kOnCpu) + ", got ";
   Array array;
   try {
     if (!ArrayReader::read(object, array)) {
@@ -215,7 +249,10 @@ Array Arguments::read(const char* name, py::handle object, const std::string& ex
   } catch (py::builtin_exception& error) {
     fail(prefix + "an array that cannot be exported (" + error.what() + ")");
   }
-  if (!array.on_cpu_) fail(prefix + "an array on another device");
+  if (array.place_ == kElsewhere || (place_of_ == nullptr && place_ == kOnCpu && array.place_ != kOnCpu)) {
+    fail(prefix + "an array on " + place_name(array.place_));
+  }
+  require_place(name, array.place_);
   return array;
 }
 
@@ -241,7 +278,7 @@ const Array& Arguments::add(const char* name, py::handle object, Dtype dtype, st
     fits = wanted[dim] == kAny || wanted[dim] == array.shape_[dim];
   }
   if (!fits || !array.contiguous_) {
-    fail(std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got " +
+    fail(std::string(name) + " must be " + expected + ", C-contiguous on " + place_name(place_) + ", got " +
          (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
   }
   return keep(name, std::move(array), alignment, written);
@@ -252,7 +289,7 @@ const Array& Arguments::storage(const char* name, py::handle object, Dtype dtype
   const std::string expected = std::string(dtype_name(dtype)) + " of " + std::to_string(count) + " elements";
   Array array = read(name, object, expected);
   if (array.dtype_ != dtype || array.num_bytes() != count * dtype_bytes(dtype) || !array.contiguous_) {
-    fail(std::string(name) + " must be " + expected + ", C-contiguous on the CPU, got " +
+    fail(std::string(name) + " must be " + expected + ", C-contiguous on " + place_name(place_) + ", got " +
          (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
   }
   return keep(name, std::move(array), alignment, written);
@@ -283,8 +320,8 @@ const Array& Arguments::optional_output(const char* name, py::handle object, Dty
 const Array& Arguments::workspace(py::handle object, int64_t min_bytes) {
   const Array& array = add("workspace", object, Dtype::u8, {kAny}, min_bytes > 0 ? 64 : 1, true);
   if (array.size(0) < min_bytes) {
-    fail("workspace must be uint8 [>= " + std::to_string(min_bytes) + "], C-contiguous on the CPU, got " +
-         describe(array.dtype_, array.shape_));
+    fail("workspace must be uint8 [>= " + std::to_string(min_bytes) + "], C-contiguous on " + place_name(place_) +
+         ", got " + describe(array.dtype_, array.shape_));
   }
   return array;
 }
@@ -309,6 +346,7 @@ void Arguments::check_aliases() const {
 }
 
 void Arguments::check_indices(const char* name, const Array& indices, int64_t limit) const {
+  if (on_cuda()) return;
   const int64_t* values = indices.as<int64_t>();
   const int64_t count = indices.num_bytes() / 8;
   for (int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,4 @@
-// The DLPack ABI, version 1.0: only what reading a CPU array needs. The versioned struct is asked for first, since it
+// The DLPack ABI, version 1.0: only what reading an array needs. The versioned struct is asked for first, since it
 // alone carries the read-only flag.
 #pragma once
 #include <cstdint>
@@ -6,6 +6,8 @@
 namespace chainfed::bind {
 
 constexpr int32_t kDlpackCpu = 1;
+constexpr int32_t kDlpackCuda = 2;
+constexpr int32_t kDlpackCudaHost = 3;  // page-locked host memory: the CPU's
 constexpr uint32_t kDlpackMajor = 1;
 constexpr uint64_t kDlpackReadOnly = 1;
 enum DlpackCode : uint8_t { kDlpackInt = 0, kDlpackUint = 1, kDlpackFloat = 2, kDlpackBfloat = 4, kDlpackBool = 6 };

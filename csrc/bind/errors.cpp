@@ -29,6 +29,8 @@ void translate(std::exception_ptr pointer) {
     raise("StorageError", error.what());
   } catch (const UnsupportedHardware& error) {
     raise("UnsupportedHardware", error.what());
+  } catch (const OutOfMemory& error) {
+    raise("MemoryBudgetExceeded", error.what());
   } catch (const Error& error) {
     raise("ChainfedError", error.what());
   }

@@ -10,6 +10,7 @@ void bind_quant(pybind11::module_& module);  // also Matrix
 void bind_gemm(pybind11::module_& module);
 void bind_head(pybind11::module_& module);
 void bind_boundary(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_store(pybind11::module_& module);
 
 }  // namespace chainfed::bind

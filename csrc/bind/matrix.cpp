@@ -32,12 +32,12 @@ Storage storage_of(BlockFormat format, int64_t num_rows, int64_t num_cols) {
   throw InvalidArgument("unknown block format");
 }
 
-Matrix::Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin)
-    : keep_alive_(std::move(keep_alive)), view_(view), pin_(std::move(pin)) {}
+Matrix::Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin, int place)
+    : keep_alive_(std::move(keep_alive)), view_(view), pin_(std::move(pin)), place_(place) {}
 
 Matrix Matrix::from_arrays(py::handle codes, py::handle scales, const std::string& block_format, int64_t num_rows,
                            int64_t num_cols) {
-  Arguments args("Matrix.from_arrays");
+  Arguments args("Matrix.from_arrays", Arguments::Devices::any);
   const BlockFormat format = parse_block_format(block_format.c_str());
   const Storage storage = storage_of(format, num_rows, num_cols);
   // Tiles start on cache lines; row-major matrices need no more than their element's alignment.
@@ -54,10 +54,11 @@ Matrix Matrix::from_arrays(py::handle codes, py::handle scales, const std::strin
     kept->scales = args.take(scale_array);
   }
   kept->codes = args.take(code_array);
-  return Matrix(std::move(kept), view);
+  return Matrix(std::move(kept), view, {}, args.place());
 }
 
 const MatrixView& Matrix::view(Arguments& args) const {
+  args.require_place("matrix", place_);
   if (pin_) {
     try {
       args.hold(pin_());

@@ -25,8 +25,8 @@ class Matrix {
  public:
   // Keeps the memory where it is until the result is dropped; throws InvalidArgument once it is gone.
   using Pin = std::function<std::shared_ptr<const void>()>;
-  // keep_alive is dropped with the GIL held. An empty pin: always valid.
-  Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin = {});
+  // keep_alive is dropped with the GIL held. An empty pin: always valid. place: where the view's memory is.
+  Matrix(std::shared_ptr<void> keep_alive, const MatrixView& view, Pin pin = {}, int place = kOnCpu);
   static Matrix from_arrays(py::handle codes, py::handle scales, const std::string& block_format, int64_t num_rows,
                             int64_t num_cols);
 
@@ -37,11 +37,13 @@ class Matrix {
   int64_t num_rows() const { return view_.num_rows; }
   int64_t num_cols() const { return view_.num_cols; }
   BlockFormat format() const { return view_.format; }
+  int place() const { return place_; }
 
  private:
   std::shared_ptr<void> keep_alive_;
   MatrixView view_;
   Pin pin_;
+  int place_;
 };
 
 }  // namespace chainfed::bind

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_native, module) {
   chainfed::bind::bind_gemm(module);
   chainfed::bind::bind_head(module);
   chainfed::bind::bind_boundary(module);
+  chainfed::bind::bind_cuda(module);
   chainfed::bind::bind_store(module);
 }

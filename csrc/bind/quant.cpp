@@ -20,6 +20,8 @@ void bind_matrix(py::module_& module) {
                   py::arg("block_format"), py::arg("num_rows"), py::arg("num_cols"))
       .def_property_readonly("num_rows", &Matrix::num_rows)
       .def_property_readonly("num_cols", &Matrix::num_cols)
+      .def_property_readonly("device",
+                             [](const Matrix& m) { return m.place() == kOnCpu ? "cpu" : place_name(m.place()); })
       .def_property_readonly("block_format", [](const Matrix& m) { return block_format_name(m.format()); });
 }
 

@@ -3,16 +3,19 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "bind/array.h"
+#include "bind/cuda.h"
 #include "bind/functions.h"
 #include "bind/matrix.h"
 #include "chainfed/error.h"
 #include "chainfed/store.h"
+#include "store/page_buffer.h"
 
 namespace chainfed::bind {
 namespace {
@@ -88,13 +91,30 @@ std::vector<FileEntry> files_of(const py::handle& object) {
   return files;
 }
 
+// How a device has its slots held in place; null without one.
+std::shared_ptr<const Pinning> pinning_for(const std::optional<int>& device) {
+  const int place = place_of_device("StoreReader", device);
+  if (place == kOnCpu) return nullptr;
+  const cuda::Table* table = &cuda_table();  // a build without CUDA is known now, not at the first read
+  auto pinning = std::make_shared<Pinning>();
+  pinning->pin = [place, table](void* data, int64_t bytes) {
+    cuda::Message message{};
+    check_cuda("StoreReader", table->pin(place, data, bytes, &message), message);
+  };
+  pinning->unpin = [table](void* data) {
+    cuda::Message message{};
+    table->unpin(data, &message);  // at the end of a process the driver may be gone: nothing is left to unpin then
+  };
+  return pinning;
+}
+
 // The reader until close(). A call that runs in another thread during close() holds a reference and finishes.
 class ClosableReader {
  public:
-  ClosableReader(const py::object& files, int num_slots, bool direct) {
+  ClosableReader(const py::object& files, int num_slots, bool direct, const std::optional<int>& pinned_for) {
     std::vector<FileEntry> entries = files_of(files);
     py::gil_scoped_release nogil;
-    reader_ = std::make_shared<StoreReader>(std::move(entries), num_slots, direct);
+    reader_ = std::make_shared<StoreReader>(std::move(entries), num_slots, direct, pinning_for(pinned_for));
   }
   std::shared_ptr<StoreReader> get() const {
     if (reader_ == nullptr) throw InvalidArgument("this StoreReader is closed; open a new one");
@@ -142,22 +162,63 @@ class ClosableReader {
   std::shared_ptr<StoreReader> reader_;
 };
 
-Matrix matrix_of_lease(const std::shared_ptr<Lease>& lease, const std::string& name) {
-  return Matrix(lease, lease->matrix(name), [lease] { return lease->pin(); });
+// The tensor where it lies; for a device, by that device's address of the same pinned memory.
+Matrix matrix_of_lease(const std::shared_ptr<Lease>& lease, const std::string& name, const std::optional<int>& device) {
+  const int place = place_of_device("Lease.matrix", device);
+  if (place == kOnCpu) return Matrix(lease, lease->matrix(name), [lease] { return lease->pin(); });
+  const void* base = nullptr;
+  call_cuda("Lease.matrix", [&](const cuda::Table& table, cuda::Message* message) {
+    return table.device_pointer(place, lease->data(), &base, message);
+  });
+  return Matrix(lease, lease->matrix_in(name, base), [lease] { return lease->pin(); }, place);
+}
+
+// The tensor in `slot`, which holds (or will hold, on its stream) a copy of the file. It outlives the lease and is as
+// valid as the slot's contents.
+Matrix matrix_in_slot(const Lease& lease, const std::string& name, const py::object& slot_object) {
+  Arguments args("Lease.matrix_in", Arguments::Devices::any);
+  const Array& slot = args.input("slot", slot_object, Dtype::u8, {kAny}, 64);
+  if (slot.size(0) < lease.file_bytes()) {
+    args.fail("slot must be uint8 [>= " + std::to_string(lease.file_bytes()) + "], got " +
+              std::to_string(slot.size(0)));
+  }
+  const MatrixView view = lease.matrix_in(name, slot.data());
+  const int place = args.place();
+  return Matrix(std::make_shared<Array>(args.take(slot)), view, {}, place);
+}
+
+// Starts copying the file's bytes to `slot` on the stream. The lease must be held until the copy is over.
+void copy_to_slot(const Lease& lease, const py::object& slot_object, uintptr_t stream_handle) {
+  Arguments args("Lease.copy_to", Arguments::Devices::any);
+  const Array& slot = args.output("slot", slot_object, Dtype::u8, {kAny}, 64);
+  if (!args.on_cuda()) args.fail("slot must be on a CUDA device, got an array on the CPU");
+  if (slot.size(0) < lease.file_bytes()) {
+    args.fail("slot must be uint8 [>= " + std::to_string(lease.file_bytes()) + "], got " +
+              std::to_string(slot.size(0)));
+  }
+  void* stream = args.stream(stream_handle);
+  const void* data = lease.data();
+  py::gil_scoped_release nogil;
+  call_cuda(args.function(), [&](const cuda::Table& table, cuda::Message* message) {
+    return table.copy_to_device(args.place(), stream, slot.mutable_data(), data, lease.file_bytes(), message);
+  });
 }
 
 }  // namespace
 
 void bind_store(py::module_& module) {
   py::class_<Lease, std::shared_ptr<Lease>>(module, "Lease")
-      .def("matrix", &matrix_of_lease, py::arg("name"))
+      .def("matrix", &matrix_of_lease, py::arg("name"), py::kw_only(), py::arg("device") = py::none())
+      .def("matrix_in", &matrix_in_slot, py::arg("name"), py::arg("slot"))
+      .def("copy_to", &copy_to_slot, py::arg("slot"), py::kw_only(), py::arg("stream"))
+      .def_property_readonly("file_bytes", &Lease::file_bytes)
       .def("names", &Lease::names)
       .def("release", &Lease::release)
       .def("__enter__", [](const std::shared_ptr<Lease>& lease) { return lease; })
       .def("__exit__", [](Lease& lease, const py::args&) { lease.release(); });
   py::class_<ClosableReader>(module, "StoreReader")
-      .def(py::init<const py::object&, int, bool>(), py::arg("files"), py::kw_only(), py::arg("num_slots"),
-           py::arg("direct") = true)
+      .def(py::init<const py::object&, int, bool, const std::optional<int>&>(), py::arg("files"), py::kw_only(),
+           py::arg("num_slots"), py::arg("direct") = true, py::arg("pinned_for") = py::none())
       .def(
           "prefetch", [](const ClosableReader& self, int file) { self.get()->prefetch(file); }, py::arg("file"))
       .def("acquire", &ClosableReader::acquire, py::arg("file"))

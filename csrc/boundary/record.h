@@ -23,12 +23,20 @@ constexpr int64_t kMaxInt8HiddenSize = 0xFFFF;
 constexpr int64_t kMaxGroups = (kMaxInt8HiddenSize + kGroupSize - 1) / kGroupSize;
 constexpr int64_t kMaxOutliers = kMaxInt8HiddenSize / 128;
 
-static inline int64_t num_groups(int64_t hidden_size) { return (hidden_size + kGroupSize - 1) / kGroupSize; }
-static inline int64_t num_outliers(int64_t hidden_size) { return std::max<int64_t>(1, hidden_size / 128); }
-static inline int64_t scales_offset(int64_t hidden_size) { return num_groups(hidden_size) * kGroupSize; }
-static inline int64_t outliers_offset(int64_t hidden_size) { return num_groups(hidden_size) * (kGroupSize + 2); }
+CHAINFED_HOST_DEVICE static inline int64_t num_groups(int64_t hidden_size) {
+  return (hidden_size + kGroupSize - 1) / kGroupSize;
+}
+CHAINFED_HOST_DEVICE static inline int64_t num_outliers(int64_t hidden_size) {
+  return hidden_size < 256 ? 1 : hidden_size / 128;
+}
+CHAINFED_HOST_DEVICE static inline int64_t scales_offset(int64_t hidden_size) {
+  return num_groups(hidden_size) * kGroupSize;
+}
+CHAINFED_HOST_DEVICE static inline int64_t outliers_offset(int64_t hidden_size) {
+  return num_groups(hidden_size) * (kGroupSize + 2);
+}
 
-static inline int64_t int8_record_bytes(int64_t hidden_size) {
+CHAINFED_HOST_DEVICE static inline int64_t int8_record_bytes(int64_t hidden_size) {
   return outliers_offset(hidden_size) + num_outliers(hidden_size) * kOutlierBytes;
 }
 
@@ -38,7 +46,7 @@ constexpr uint16_t kInfinityHalf = 0x7C00;
 constexpr uint16_t kNanHalf = 0x7E00;
 
 // The smallest f16 >= value; infinity above 65504. value >= 0 and finite.
-static inline uint16_t float_to_f16_up(float value) {
+CHAINFED_HOST_DEVICE static inline uint16_t float_to_f16_up(float value) {
   const uint16_t nearest = float_to_f16(value);
   return f16_to_float(nearest) < value ? static_cast<uint16_t>(nearest + 1) : nearest;
 }
@@ -50,15 +58,15 @@ struct GroupScale {
 
 // max_bits: the bits of the largest magnitude of the group. The order of bits is the order of magnitudes, with NaN on
 // top, which is why magnitudes are compared as integers throughout.
-static inline GroupScale group_scale(uint32_t max_bits) {
+CHAINFED_HOST_DEVICE static inline GroupScale group_scale(uint32_t max_bits) {
   if (max_bits >= kInfinityBits) return {kNanHalf, 0.0f};
   const uint16_t half = float_to_f16_up(bits_float(max_bits) / 127.0f);
   if (half >= kInfinityHalf) return {kNanHalf, 0.0f};
   return {half, half == 0 ? 0.0f : 1.0f / f16_to_float(half)};
 }
 
-static inline void write_outliers(const float* row, int64_t hidden_size, const uint16_t* columns, int64_t count,
-                                  uint8_t* record) {
+CHAINFED_HOST_DEVICE static inline void write_outliers(const float* row, int64_t hidden_size, const uint16_t* columns,
+                                                       int64_t count, uint8_t* record) {
   uint8_t* slot = record + outliers_offset(hidden_size);
   for (int64_t i = 0; i < num_outliers(hidden_size); ++i, slot += kOutlierBytes) {
     const uint16_t column = i < count ? columns[i] : kUnusedColumn;
@@ -69,7 +77,7 @@ static inline void write_outliers(const float* row, int64_t hidden_size, const u
 }
 
 // A record may come from a damaged file: columns outside the row are passed over.
-static inline void patch_outliers(const uint8_t* record, int64_t hidden_size, float* row) {
+CHAINFED_HOST_DEVICE static inline void patch_outliers(const uint8_t* record, int64_t hidden_size, float* row) {
   const uint8_t* slot = record + outliers_offset(hidden_size);
   for (int64_t i = 0; i < num_outliers(hidden_size); ++i, slot += kOutlierBytes) {
     uint16_t column;

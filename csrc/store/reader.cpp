@@ -58,6 +58,18 @@ MatrixView Lease::matrix(const std::string& name) const {
   return view_at(state_->entry().tensors[static_cast<size_t>(tensor)], state_->ring->slot_data(state_->slot));
 }
 
+MatrixView Lease::matrix_in(const std::string& name, const void* data) const {
+  const int tensor = find_tensor(state_->entry(), name);
+  return view_at(state_->entry().tensors[static_cast<size_t>(tensor)], static_cast<const char*>(data));
+}
+
+const void* Lease::data() const {
+  state_->check_valid();
+  return state_->ring->slot_data(state_->slot);
+}
+
+int64_t Lease::file_bytes() const { return state_->entry().file_bytes; }
+
 std::vector<std::string> Lease::names() const {
   std::vector<std::string> result;
   for (const TensorEntry& tensor : state_->entry().tensors) result.push_back(tensor.name);
@@ -77,7 +89,12 @@ struct StoreReader::Impl {
 StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direct)
     : StoreReader(std::move(files), num_slots, direct, open_direct_or_buffered) {}
 
-StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, const FileOpener& open_file)
+StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direct,
+                         std::shared_ptr<const Pinning> pinning)
+    : StoreReader(std::move(files), num_slots, direct, open_direct_or_buffered, std::move(pinning)) {}
+
+StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, const FileOpener& open_file,
+                         std::shared_ptr<const Pinning> pinning)
     : impl_(new Impl) {
   if (files.empty()) throw InvalidArgument("a StoreReader needs at least one file");
   if (num_slots < 1) throw InvalidArgument("num_slots is " + std::to_string(num_slots) + ", expected at least 1");
@@ -88,8 +105,8 @@ StoreReader::StoreReader(std::vector<FileEntry> files, int num_slots, bool direc
     check_real_size(entry, *handles.back());
     impl_->direct = impl_->direct && handles.back()->direct();
   }
-  impl_->ring =
-      std::shared_ptr<Ring>(new Ring(std::move(files), std::move(handles), num_slots), delete_in_owner_process);
+  impl_->ring = std::shared_ptr<Ring>(new Ring(std::move(files), std::move(handles), num_slots, std::move(pinning)),
+                                      delete_in_owner_process);
 }
 
 StoreReader::~StoreReader() {

@@ -40,11 +40,13 @@ void ReadFailure::raise() const {
   throw IoError(message);
 }
 
-Ring::Ring(std::vector<FileEntry> files, std::vector<std::unique_ptr<ReadFile>> handles, int num_slots)
+Ring::Ring(std::vector<FileEntry> files, std::vector<std::unique_ptr<ReadFile>> handles, int num_slots,
+           std::shared_ptr<const Pinning> pinning)
     : files_(std::move(files)),
       handles_(std::move(handles)),
       slot_bytes_(largest_file_bytes(files_)),
       owner_process_(::getpid()),
+      pinning_(std::move(pinning)),
       slots_(static_cast<size_t>(num_slots)),
       slot_of_file_(files_.size(), -1),
       failure_of_prefetch_(files_.size()) {}
@@ -180,7 +182,7 @@ int Ring::choose_victim(bool for_prefetch) const {
 // Give a slot to a file; what it held is no longer resident.
 void Ring::assign(int slot_number, int file) {
   Slot& taken = slot(slot_number);
-  taken.memory.reserve(slot_bytes_);
+  taken.memory.reserve(slot_bytes_, pinning_);
   if (taken.file >= 0) slot_of_file_[static_cast<size_t>(taken.file)] = -1;
   taken.file = file;
   taken.state = SlotState::empty;

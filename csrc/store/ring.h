@@ -28,7 +28,9 @@ struct ReadFailure {
 class Ring {
  public:
   // `files` are checked and `handles[i]` is open on files[i]. num_slots >= 1.
-  Ring(std::vector<FileEntry> files, std::vector<std::unique_ptr<ReadFile>> handles, int num_slots);
+  // pinning: null, or how every slot is held in place for a device.
+  Ring(std::vector<FileEntry> files, std::vector<std::unique_ptr<ReadFile>> handles, int num_slots,
+       std::shared_ptr<const Pinning> pinning = nullptr);
 
   void check_file(int file) const;  // throws InvalidArgument when out of range or in a child made by fork()
   void prefetch(int file);
@@ -83,6 +85,7 @@ class Ring {
   const std::vector<std::unique_ptr<ReadFile>> handles_;
   const int64_t slot_bytes_;
   const int owner_process_;
+  const std::shared_ptr<const Pinning> pinning_;
 
   mutable std::mutex mutex_;
   std::condition_variable work_;     // the queue got an entry, or stop

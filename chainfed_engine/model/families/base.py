@@ -28,6 +28,11 @@ class LayerContext:
     masks: Mapping[str, Tensor | None]
     rotary: tuple[Tensor, Tensor] | None
 
+    def to(self, device: torch.device) -> "LayerContext":
+        masks = {kind: None if mask is None else mask.to(device) for kind, mask in self.masks.items()}
+        rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
+        return LayerContext(masks, rotary)
+
 
 class Family(ABC):
     """One architecture. Methods that build modules return them on the meta device, in evaluation mode."""

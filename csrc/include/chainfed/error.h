@@ -26,4 +26,9 @@ struct UnsupportedHardware : Error {
   using Error::Error;
 };
 
+// A device or the system cannot give as much memory (pinned memory, a workspace).
+struct OutOfMemory : Error {
+  using Error::Error;
+};
+
 }  // namespace chainfed

@@ -42,6 +42,7 @@ struct ReaderStats {
 
 class StoreReader;
 class Ring;
+struct Pinning;
 class ReadFile;
 // How the reader opens a path: tests put a file with faults here.
 using FileOpener = std::function<std::unique_ptr<ReadFile>(const std::string& path, bool direct)>;
@@ -55,7 +56,11 @@ class Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
   MatrixView matrix(const std::string& name) const;  // throws InvalidArgument naming what exists
-  std::vector<std::string> names() const;            // in the order of the index
+  // The same tensor in a copy of the file's bytes that starts at `data`.
+  MatrixView matrix_in(const std::string& name, const void* data) const;
+  const void* data() const;  // the file's bytes; throws after release()
+  int64_t file_bytes() const;
+  std::vector<std::string> names() const;  // in the order of the index
   bool valid() const;
   void release();  // a second call does nothing
   // Keep the slot pinned until the result is destroyed even if release() comes first: hold it around a kernel that
@@ -71,7 +76,10 @@ class StoreReader {
  public:
   // num_slots >= 1 buffers of max(file_bytes) rounded up to 4096. Slots are allocated on first use.
   StoreReader(std::vector<FileEntry> files, int num_slots, bool direct);
-  StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, const FileOpener& open_file);
+  // pinning: how every slot is page-locked for a device that copies from it or reads it in place (store/page_buffer.h).
+  StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, const FileOpener& open_file,
+              std::shared_ptr<const Pinning> pinning = nullptr);
+  StoreReader(std::vector<FileEntry> files, int num_slots, bool direct, std::shared_ptr<const Pinning> pinning);
   ~StoreReader();  // waits for the request in flight (at most 8 MiB)
   StoreReader(const StoreReader&) = delete;
   StoreReader& operator=(const StoreReader&) = delete;

@@ -1,0 +1,175 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/library_product.h"
+
+namespace chainfed::cuda {
+namespace {
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+std::string driver_remedy() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  if (driver == 0) return "no CUDA driver is loaded; install NVIDIA's driver (on a Jetson it comes with JetPack)";
+  return "the driver serves CUDA " + version_text(driver) + ", this build needs " + version_text(runtime) +
+         "; update the driver (JetPack), or rebuild with that CUDA toolkit's nvcc";
+}
+
+int attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "a device attribute");
+  return value;
+}
+
+int architecture_of(int device) {
+  return attribute(device, cudaDevAttrComputeCapabilityMajor) * 10 +
+         attribute(device, cudaDevAttrComputeCapabilityMinor);
+}
+
+// Where decoding once and the library's product overtake the fused one. Per weight the detour costs 4.5 bytes of memory
+// traffic, the fused kernel (mma.sync) the difference in tensor throughput: with published figures for H100 and A100
+// about 700 and 1100 tokens. An estimate until bench/cuda has run on such a device; boards with narrow memory never.
+int64_t default_library_from_tokens(int architecture) {
+  if (const char* text = std::getenv("CHAINFED_CUDA_LIBRARY_FROM")) {
+    const long long tokens = std::atoll(text);
+    if (tokens < 1) throw InvalidArgument("CHAINFED_CUDA_LIBRARY_FROM must be a number of tokens, at least 1");
+    return tokens;
+  }
+  if (architecture >= 90) return 768;
+  return architecture == 80 ? 1024 : INT64_MAX;
+}
+
+std::unique_ptr<Device> open_device(int index) {
+  const int architecture = architecture_of(index);
+  if (!runs_on(built_architectures(), architecture)) {
+    throw UnsupportedHardware("cuda:" + std::to_string(index) + " is of architecture sm_" +
+                              std::to_string(architecture) + ", this build has code for " + built_architectures() +
+                              "; rebuild with CHAINFED_CUDA_ARCHITECTURES=" + std::to_string(architecture));
+  }
+  auto opened = std::make_unique<Device>();
+  opened->index = index;
+  opened->num_processors = attribute(index, cudaDevAttrMultiProcessorCount);
+  const CurrentDevice current(index);
+  opened->library = open_library();
+  if (opened->library != nullptr) opened->library_from_tokens = default_library_from_tokens(architecture);
+  return opened;
+}
+
+}  // namespace
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report it again
+  const std::string text = "CUDA: " + std::string(what) + ": " + cudaGetErrorString(status);
+  switch (status) {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoDevice:
+    case cudaErrorInitializationError:
+      throw UnsupportedHardware(text + "; " + driver_remedy());
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+      throw UnsupportedHardware(text + "; this build has code for " + built_architectures() +
+                                ", rebuild with CHAINFED_CUDA_ARCHITECTURES set to the device's");
+    case cudaErrorMemoryAllocation:
+      throw OutOfMemory(text);
+    case cudaErrorInvalidDevice:
+    case cudaErrorInvalidValue:
+      throw InvalidArgument(text);
+    default:
+      throw Error(text + "; an earlier kernel may be the cause (CUDA_LAUNCH_BLOCKING=1 names it)");
+  }
+}
+
+const char* built_architectures() { return CHAINFED_CUDA_ARCHITECTURES; }
+
+int num_devices() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorNoDevice) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(status, "the number of devices");
+  return count;
+}
+
+Device& device(int index) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<Device>> devices;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (devices.empty()) devices.resize(static_cast<size_t>(std::max(num_devices(), 0)));
+  if (index < 0 || index >= static_cast<int>(devices.size())) {
+    throw InvalidArgument("cuda:" + std::to_string(index) + " is no device of this machine, which has " +
+                          std::to_string(devices.size()));
+  }
+  auto& slot = devices[static_cast<size_t>(index)];
+  if (slot == nullptr) slot = open_device(index);
+  return *slot;
+}
+
+DeviceInfo device_info(int index) {
+  const Device& opened = device(index);
+  const CurrentDevice current(index);
+  DeviceInfo info{};
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, index), "device properties");
+  std::copy_n(properties.name, std::min(sizeof info.name, sizeof properties.name) - 1, info.name);
+  info.name[sizeof info.name - 1] = '\0';
+  info.architecture = architecture_of(index);
+  info.num_processors = opened.num_processors;
+  info.is_unified = attribute(index, cudaDevAttrIntegrated);
+  info.has_library = opened.library != nullptr;
+  info.library_from_tokens = opened.library_from_tokens;
+  size_t free_bytes = 0, total_bytes = 0;
+  check(cudaMemGetInfo(&free_bytes, &total_bytes), "memory of the device");
+  info.free_bytes = static_cast<int64_t>(free_bytes);
+  info.total_bytes = static_cast<int64_t>(total_bytes);
+  check(cudaDriverGetVersion(&info.driver_version), "the driver's version");
+  check(cudaRuntimeGetVersion(&info.runtime_version), "the runtime's version");
+  return info;
+}
+
+CurrentDevice::CurrentDevice(int index) : previous_(-1) {
+  int now = 0;
+  check(cudaGetDevice(&now), "the current device");
+  if (now == index) return;
+  check(cudaSetDevice(index), "choosing a device");
+  previous_ = now;
+}
+
+CurrentDevice::~CurrentDevice() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+void copy_to_device(Stream stream, void* to, const void* from_host, int64_t bytes) {
+  check(cudaMemcpyAsync(to, from_host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                        static_cast<cudaStream_t>(stream)),
+        "a copy to the device");
+}
+
+void pin(void* host, int64_t bytes) {
+  check(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterMapped), "pinning host memory");
+}
+
+void unpin(void* host) { check(cudaHostUnregister(host), "unpinning host memory"); }
+
+const void* device_pointer(const void* host) {
+  void* pointer = nullptr;
+  check(cudaHostGetDevicePointer(&pointer, const_cast<void*>(host), 0), "the device's view of pinned memory");
+  return pointer;
+}
+
+}  // namespace chainfed::cuda
