@@ -17,7 +17,7 @@ Array = Any
 __version__: str
 
 def build_info() -> dict[str, str]: ...  # version, compiler, simd levels built
-def simd_levels() -> list[str]: ...  # what this CPU and OS support, weakest first: ["scalar", "avx2", "avx512vnni"]
+def simd_levels() -> list[str]: ...  # what this CPU and OS support, weakest first: scalar, avx2, ...
 def simd_level() -> str: ...  # in force
 def set_simd_level(level: str | None) -> str: ...  # None: best allowed by CHAINFED_SIMD; UnsupportedHardware otherwise
 def num_threads() -> int: ...
