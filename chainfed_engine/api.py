@@ -90,13 +90,12 @@ def fit(
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
-    names = set(table.columns)
     if label is None and response is None and messages is None:
-        found = next((name for name in ("label", "response", "messages") if name in names), None)
+        found = next((name for name in ("label", "response", "messages") if name in table.columns), None)
         if found is None:
             raise DataError(
                 "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
-                f"{', '.join(map(repr, sorted(names - {column})))}"
+                f"{', '.join(map(repr, sorted({*table.columns} - {column})))}"
             )
         label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
     columns = DataConfig(

@@ -120,6 +120,7 @@ class GlobalModel:
     def known(self, versions: Mapping[str, str]) -> dict[str, str]:
         """Of what somebody says to hold, the parameters of this model; a bound on what is remembered of a claim."""
         keys = {*self._trained.sorted_keys(), *self._stand_ins.sorted_keys()}
+        keys |= {stand_in_key(depth, name) for depth in self.stand_in_depths() for name in stand_in.LOGIT_NAMES}
         return {key: version for key, version in versions.items() if key in keys and len(version) <= 64}
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
