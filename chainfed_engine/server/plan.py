@@ -60,6 +60,11 @@ class Plan:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
 
+    @property
+    def fits_some_classifier(self) -> bool:
+        """Whether any stage fits the classifier in closed form, from statistics of the clients."""
+        return self.config.method == "chain" and self._schedule(self.config.start_layer or 0).probe_rounds > 0
+
     def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
         """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from
         the stand-in, as foresight does."""
