@@ -17,7 +17,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
-from chainfed_engine.federation.run_directory import check_free
+from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
 from chainfed_engine.federation.session import Session, open_trainer, plan_for
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
@@ -38,7 +38,9 @@ class Result:
         target = Path(path)
         if target.exists():
             raise StorageError(f"{target}: exists already; choose another folder")
-        shutil.copytree(self.directory, target, ignore=shutil.ignore_patterns("cache", "lock"))
+        shutil.copytree(
+            self.directory, target, ignore=shutil.ignore_patterns("cache", "lock", NOISE_KEY_FILE, "flower")
+        )
         return target
 
 
@@ -82,9 +84,8 @@ def fit(
     Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
     The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
     response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
-    leaves out rows with a blank, "error" names the first. `hold_out`: share of the rows kept for evaluation when
-    `evaluation` is None. `out` keeps the run directory; without it the result's `save` does. `callbacks` see every
-    event (chainfed_engine.callbacks), and so does the function `on_event`.
+    leaves out rows with a blank, "error" names the first. `hold_out`: share of rows to evaluate on if `evaluation` is
+    None. `out` keeps the run directory, else `Result.save` does. `callbacks` and `on_event` see every event.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)

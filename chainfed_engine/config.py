@@ -100,6 +100,10 @@ class ChainConfig:
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
+    dp_noise: float = _in("federation", 0.0, high=1e6)
+    dp_clip: float = _in("federation", 1.0, above=True, high=1e9)
+    dp_delta: float = _in("federation", 1e-5, above=True, high=0.5)
     deadline_seconds: float = _in("federation", 0.0, high=1e9)  # of an exchange; 0: none
     quorum: float = _in("federation", 1.0, above=True, high=1)  # share of the cohort that ends an exchange ...
     grace_seconds: float = _in("federation", 0.0, high=1e9)  # ... so long after it answered

@@ -19,7 +19,7 @@ import numpy as np
 
 from chainfed_engine import native
 from chainfed_engine._version import __version__
-from chainfed_engine.cli import machine
+from chainfed_engine.cli import doctor_cuda, machine
 from chainfed_engine.errors import ChainfedError
 from chainfed_engine.native import reference
 from chainfed_engine.sizes import format_size
@@ -60,8 +60,9 @@ def examine(disk: str | None = None, store: str | None = None) -> dict[str, Any]
         },
         "disk": machine.disk_speed(Path(disk if disk is not None else tempfile.gettempdir())),
     }
+    report["cuda"], cuda_problems = doctor_cuda.examine()
     model = report["model"] = _check_model(store)
-    problems = [f"kernels at {row['level']}: {row['problem']}" for row in kernels if row["problem"]]
+    problems = [f"kernels at {row['level']}: {row['problem']}" for row in kernels if row["problem"]] + cuda_problems
     problems += [f"{name} is not installed" for name in _PACKAGES if report["versions"][name] is None]
     problems += [f"{row['name']}: {row['problem']}" for row in model["checks"] if row["problem"]]
     report["verdict"] = {"ok": not problems, "problems": problems}
@@ -84,6 +85,7 @@ def render(report: dict[str, Any]) -> str:
             accuracy = f"f32 error {row['f32_relative_error']:.1e}, int8 cosine {row['int8_cosine']:.6f}"
             figures = f"{accuracy}, {row['linear_us']:.0f} us"
         lines.append(f"kernel    {row['level']}: {'wrong' if row['problem'] else 'right'}, {figures}")
+    lines += doctor_cuda.render(report["cuda"])
     lines += [
         f"memory    {_size(memory['total_bytes'])} total, {_size(memory['available_bytes'])} available, cgroup limit "
         f"{format_size(limit) if limit is not None else 'none'}, "
