@@ -17,7 +17,7 @@ from arrays import aligned, normal, quantised
 from test_contract import CASES
 
 STUB = Path(native.__file__).with_name("_native.pyi")
-# Tested where there is what they need: a store (below), a device (tests/native/test_cuda_border.py).
+# Tested where the files are that they need: tests/native/test_store.py, and for leases test_cuda_border.py.
 ELSEWHERE = {"StoreReader.gather_rows", "Lease.copy_to", "Lease.matrix_in"}
 HUGE = 1 << 62
 
