@@ -102,6 +102,26 @@ define run_preset
 endef
 
 # Every point of a 12-round run, half-done writes, and kills while a run is taken up; the tests do a third of a short one.
+soak: build  ## 300 clients, 100 rounds of drop-outs, liars, late and repeated replies; memory over 300 rounds
+	CHAINFED_SOAK=full $(BIN)/python -m pytest -s --timeout 1800 tests/federation/test_soak.py
+
+# Flower pins older versions of packages that constraints.txt pins (rich, typer, packaging, click), so it gets an
+# environment of its own over ours: what it installs there comes first.
+FLOWER := $(abspath $(VENV)-flower)
+
+$(FLOWER)/.installed: $(VENV)/.samples
+	$(PYTHON) -m venv --clear $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet 'flwr>=1.41,<1.43'
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  >$$($(FLOWER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_chainfed.pth
+	@touch $@
+
+flower: build $(FLOWER)/.installed  ## Flower's real processes: TLS, strangers, SuperNode, SuperLink and server killed
+	CHAINFED_FLOWER=1 $(FLOWER)/bin/python -m pytest --timeout 900 tests/federation/test_flower_processes.py
+
+flower-bench: build $(FLOWER)/.installed  ## what a round over Flower costs: 4 sites, 1 MB each way
+	$(FLOWER)/bin/python -m bench.flow.flower_round --sites 4 --rounds 7
+
 kill-sweep: build  ## a run ended at every change to the file system, taken up again, compared bit by bit
 	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
 

@@ -11,7 +11,7 @@ import chainfed_engine as cfe
 from chainfed_engine import api
 from chainfed_engine.config import Method
 from chainfed_engine.config_file import load_config
-from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.errors import ConfigError, DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.types import layer_of_key
 
 SHAPES = {
@@ -120,7 +120,9 @@ client_budget = "memory"\n[chain]\nrounds = 1\nwindow = 1\nadapter_size = 4\n[tr
 def test_a_client_with_one_sample_trains(stores: dict[str, Path]) -> None:
     alone = {"anna": examples(1), "ben": examples(1, 21)}
     result = cfe.fit(stores["bert"], alone, CONFIG)
-    assert all(event["accepted"] and event["steps"] == 2 for event in result.events if event["event"] == "round")
+    rounds = [event for event in result.events if event["event"] == "round"]
+    assert all(event["accepted"] for event in rounds)
+    assert {event["stage"]: event["steps"] for event in rounds} == {"probe": 0, "window": 2}
 
 
 def test_a_class_that_only_the_evaluation_has_is_an_error_that_names_it(stores: dict[str, Path]) -> None:
@@ -255,3 +257,11 @@ def test_rows_with_blanks_are_refused_by_line_or_left_out_openly(stores: dict[st
 def test_a_table_with_none_of_the_columns_names_those_it_has(stores: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"'label', 'response' or 'messages'.* there are 'sentiment', 'text'"):
         cfe.fit(stores["bert"], {"anna": [{"text": "a", "sentiment": "b"}]}, CONFIG)
+
+
+def test_a_share_of_the_rows_is_held_out_for_evaluation(stores: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, stores["bert"]), ["data.eval=none", "data.hold_out=0.2"])
+    result = api.run(config, tmp_path / "out")
+    assert result.evaluation["num_samples"] == 6.0  # a fifth of 17 and of 16 rows
+    with pytest.raises(ConfigError, match="one source"):
+        load_config(tmp_path / "run.toml", ["data.hold_out=0.2"])

@@ -147,16 +147,21 @@ def step_bytes(request: Request, choices: Choices) -> int:
     tokens = min(choices.micro_batch, config.batch_size) * request.tokens
     targets = min(choices.micro_batch, config.batch_size) * request.targets
     adapter = width + 2 * config.adapter_size
+    again = saved_floats(shape) + adapter + _expanded(shape) + width  # a layer that backward runs again
     if config.method in FORWARD_ONLY or not layers:
         kept, backward = live_floats(shape), 0
     elif choices.recompute:
         # Inputs of all layers; one layer is run again, and its graph stands, when its backward begins.
         kept = (layers + 1) * width
-        backward = saved_floats(shape) + adapter + _expanded(shape) + width
+        backward = again
     else:
         # The boundary needs no gradient, so the window's first layer keeps nothing.
         kept = 2 * width + (layers - 1) * saved_floats(shape) + layers * adapter
         backward = _expanded(shape) + width
+    if config.method == "chain" and config.foresight_every and layers < shape.num_layers:
+        # The inputs of the layers above the lowest window, each of which is run again in its turn.
+        kept += (shape.num_layers - layers) * width
+        backward = max(backward, again)
     head = targets * width * (2 + 5 * branches(request)) if request.task == "causal-lm" else 0
     workspace = HEAD_WORKSPACE_BYTES if request.task == "causal-lm" else 0
     forward = tokens * max(0, live_floats(shape) - 2 * width)  # of the last layer, before the head's rows exist

@@ -181,7 +181,7 @@ def test_a_device_that_is_not_there_is_named(emulator: None) -> None:
 def test_devices_are_described(emulator: None) -> None:
     assert native.cuda_is_built()
     assert native.num_cuda_devices() == 2
-    assert native.cuda_architectures() == "80;87;89;90"
+    assert native.cuda_architectures() == "80,87,89,90"
     discrete, board = native.cuda_device(0), native.cuda_device(1)
     assert (discrete["is_unified"], board["is_unified"]) == (False, True)
     assert board["architecture"] == 87
@@ -230,8 +230,13 @@ def test_a_leased_file_is_copied_and_read_on_the_device(emulator: None, tmp_path
         matrix = lease.matrix_in("w", slot)
         with pytest.raises(InvalidArgument, match="slot must be on a CUDA device"):
             lease.copy_to(aligned((1 << 16,), np.uint8), stream=0)
-        with pytest.raises(InvalidArgument, match="slot must be uint8"):
-            lease.copy_to(empty((64,), np.uint8), stream=0)
+        for wrong in (empty((64,), np.uint8), empty((1 << 16,), np.int8), empty((1 << 8, 1 << 8), np.uint8)):
+            with pytest.raises(InvalidArgument, match=r"Lease\.copy_to: slot must be uint8"):
+                lease.copy_to(wrong, stream=0)
+            with pytest.raises(InvalidArgument, match=r"Lease\.matrix_in: slot must be uint8"):
+                lease.matrix_in("w", wrong)
+        with pytest.raises(InvalidArgument, match="slot must start at a multiple of 64 bytes"):
+            lease.matrix_in("w", CudaArray(slot.values[1:]))
     np.testing.assert_array_equal(slot.values[: content.nbytes], content)
     x = on_device(normal(TOKENS, COLS, 1))
 
@@ -267,3 +272,16 @@ def test_slots_that_are_not_pinned_have_no_device_address(emulator: None, tmp_pa
     with reader.acquire(0) as lease, pytest.raises(InvalidArgument, match=r"Lease.matrix: not pinned"):
         lease.matrix("w", device=1)
     reader.close()
+
+
+def test_the_real_library_without_a_driver_says_what_to_install() -> None:
+    native.set_cuda_library(None)
+    if not native.cuda_is_built():
+        pytest.skip("the CUDA backend is not built (CHAINFED_CUDA=1)")
+    try:
+        count = native.num_cuda_devices()
+    except UnsupportedHardware as error:
+        assert "driver" in str(error)
+        return
+    if count:
+        pytest.skip("this machine has a CUDA device")
