@@ -102,6 +102,26 @@ define run_preset
 endef
 
 # Every point of a 12-round run, half-done writes, and kills while a run is taken up; the tests do a third of a short one.
+soak: build  ## 300 clients, 100 rounds of drop-outs, liars, late and repeated replies; memory over 300 rounds
+	CHAINFED_SOAK=full $(BIN)/python -m pytest -s --timeout 1800 tests/federation/test_soak.py
+
+# Flower pins older versions of packages that constraints.txt pins (rich, typer, packaging, click), so it gets an
+# environment of its own over ours: what it installs there comes first.
+FLOWER := $(abspath $(VENV)-flower)
+
+$(FLOWER)/.installed: $(VENV)/.samples
+	$(PYTHON) -m venv --clear $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet 'flwr>=1.41,<1.43'
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  >$$($(FLOWER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/zz_chainfed.pth
+	@touch $@
+
+flower: build $(FLOWER)/.installed  ## Flower's real processes: TLS, strangers, SuperNode, SuperLink and server killed
+	CHAINFED_FLOWER=1 $(FLOWER)/bin/python -m pytest --timeout 900 tests/federation/test_flower_processes.py
+
+flower-bench: build $(FLOWER)/.installed  ## what a round over Flower costs: 4 sites, 1 MB each way
+	$(FLOWER)/bin/python -m bench.flow.flower_round --sites 4 --rounds 7
+
 kill-sweep: build  ## a run ended at every change to the file system, taken up again, compared bit by bit
 	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
 
@@ -115,6 +135,16 @@ bench-kernels: build $(VENV)/.bench  ## every kernel against torch, FBGEMM, bits
 	@cmake -S . -B build -DCHAINFED_BENCH=ON >build/configure.log || { cat build/configure.log; exit 1; }
 	@cmake --build build --target peak
 	$(BIN)/python -m bench.micro --benchmark-json=build/bench-kernels.json $(BENCH)
+
+# MEMORY_TRIAL='--shape llama-3.2-1b --limit 512MiB'. Needs root or a delegated cgroup, and 5.5 GB of disk.
+memory-trial: build  ## an 8B shape fine-tuned and evaluated inside 1 GiB, enforced by the kernel
+	$(BIN)/python bench/memory/trial.py $(MEMORY_TRIAL)
+
+memory-sweep: build  ## predicted against measured peak memory over families, formats and budgets
+	$(BIN)/python bench/memory/sweep.py
+
+bench-memory: build $(VENV)/.bench  ## peak memory and tokens a second against LoRA and QLoRA, side by side
+	$(BIN)/python bench/memory/compare.py $(BENCH_MEMORY)
 
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
 wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment of its own

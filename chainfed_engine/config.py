@@ -103,6 +103,10 @@ class ChainConfig:
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
+    dp_noise: float = _in("federation", 0.0, high=1e6)
+    dp_clip: float = _in("federation", 1.0, above=True, high=1e9)
+    dp_delta: float = _in("federation", 1e-5, above=True, high=0.5)
     deadline_seconds: float = _in("federation", 0.0, high=1e9)  # of an exchange; 0: none
     quorum: float = _in("federation", 1.0, above=True, high=1)  # share of the cohort that ends an exchange ...
     grace_seconds: float = _in("federation", 0.0, high=1e9)  # ... so long after it answered
@@ -137,6 +141,9 @@ class DataConfig:
 
     train: str = _in("data", "")
     eval: str | None = _in("data", None, none="none")
+    hold_out: float = _in(
+        "data", 0.0, high=0.9
+    )  # share of the rows of `train` kept for evaluation, when there is no eval
     text: str = _in("data", "text")
     label: str | None = _in("data", None, none="none")
     prompt: str = _in("data", "prompt")
@@ -159,6 +166,8 @@ class DataConfig:
                 "[data]: expected the name of one column: label (classification), response or messages (causal LM), "
                 f"got {' and '.join(given) or 'none of them'}"
             )
+        if self.eval is not None and self.hold_out:
+            raise ConfigError("[data] hold_out: expected 0 beside [data] eval; evaluation has one source")
         if self.partition == "auto":
             object.__setattr__(self, "partition", "dirichlet" if self.label is not None else "iid")
         if self.partition == "dirichlet" and self.label is None and self.client is None:

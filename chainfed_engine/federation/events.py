@@ -4,10 +4,10 @@ Every event carries `round`: the number (from 0) of the round it belongs to or f
 `plan`: the first line of a run in one process, the predicted peak by part, the budget and what the planner chose.
 `round`: `rounds` in all, loss, window, clients, bytes and seconds by part; `prefix_layers_run` and other costs are sums
 over the counted clients; `rejected` says why by client, `silent` who did not answer, `late` how many answers to earlier
-rounds came and were dropped. `profile`: CKA scores and start layer. `memory`: peak figures after an exchange.
-`resume`: a run was taken up; `skipped_states` were damaged. `eval`: scores of the whole model. Callbacks see three more
-that are never written: `phase` (`name`, `total`) and `step` (`done`, `total`) of something long, and `end` (`error`:
-text or null).
+rounds came and were dropped; `epsilon`, of a private run, what it has spent so far. `profile`: CKA scores and start
+layer. `memory`: peak figures after an exchange. `resume`: a run was taken up; `skipped_states` were damaged. `eval`:
+scores of the whole model. Callbacks see three more that are never written: `phase` (`name`, `total`) and `step`
+(`done`, `total`) of something long, and `end` (`error`: text or null).
 """
 
 import math
@@ -21,7 +21,14 @@ Event = dict[str, Any]
 _SECONDS = "_seconds"
 
 
-def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float], cpu_seconds: float) -> Event:
+def exchange_event(
+    summary: Summary,
+    *,
+    rounds: int,
+    seconds: Mapping[str, float],
+    cpu_seconds: float,
+    epsilon: float | None = None,
+) -> Event:
     """`round` or `profile`. `bytes_sent`: arrays carried, both ways; `seconds`: parts measured by clients (`prepare`,
     `train`; summed over them) and here (`transport`, which includes them, and `server`). `cpu_seconds`: of all threads
     of this process during the exchange."""
@@ -33,6 +40,8 @@ def exchange_event(summary: Summary, *, rounds: int, seconds: Mapping[str, float
     else:
         event = {"event": "round", "round": summary.index, "rounds": rounds, "loss": summary.loss}
         event |= {"typical_norm": summary.typical_norm}
+        if epsilon is not None:
+            event |= {"epsilon": epsilon}
     if summary.stage is not None:
         window = summary.stage.window
         event |= {"stage": summary.stage.kind, "window": [window.start, window.stop], "sweep": summary.stage.sweep}

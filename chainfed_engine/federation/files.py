@@ -104,7 +104,10 @@ def make_folder(path: Path) -> None:
     """Make a folder, and those above it, that its owner alone can look into; one that is there stays as it is."""
     with storage_errors(path, "create"):
         reach("make folder", path)
-        path.mkdir(mode=OWNER_ONLY_FOLDER, parents=True, exist_ok=True)
+        for folder in [*reversed(path.parents), path]:
+            if not folder.exists():
+                folder.mkdir(mode=OWNER_ONLY_FOLDER, exist_ok=True)
+        path.mkdir(exist_ok=True)  # says so if it is a file
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any], str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from chainfed_engine.federation.events import Event, exchange_event
+from chainfed_engine.federation.privacy import epsilon
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import Transport
 from chainfed_engine.server import Server, Summary
@@ -34,8 +35,9 @@ def run_rounds(
         server.forget(journal.answered)  # what they hold was sent by a server that is gone
         server_seconds = time.perf_counter() - started - replies.seconds
         seconds = {"transport": replies.seconds, "server": server_seconds}
+        spent = epsilon(server.config, num_clients=len(server.client_samples), rounds=server.round_id)
         cpu_seconds = time.process_time() - cpu_started
-        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds))
+        emit(exchange_event(summary, rounds=server.rounds, seconds=seconds, cpu_seconds=cpu_seconds, epsilon=spent))
         directory.save(server.state())
         after_exchange(summary)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from chainfed_engine.client import Client
 from chainfed_engine.errors import ChainfedError
 from chainfed_engine.federation.events import Event, belongs_to_past, evaluation_event
+from chainfed_engine.federation.privacy import check_accountant
 from chainfed_engine.federation.round import run_rounds
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import Transport
@@ -53,6 +54,9 @@ def fit(
     reply) for a progress bar.
     `measure_memory`: the figures of a `memory` event. `held`: what clients say they kept of an earlier run.
     """
+    if server.config.dp_noise:
+        check_accountant(server.config)
+        server.combiner.noise_key = directory.noise_key()
     return _Run(server, transport, evaluator, directory, on_event, measure_memory).run(resume, held or {})
 
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from chainfed_engine.federation.files import read_arrays, storage_errors, write_
 from chainfed_engine.federation.journal import Journal
 from chainfed_engine.types import Arrays, Task
 
+NOISE_KEY_FILE = "noise.key"
 ADAPTERS_FORMAT = "chainfed-adapters"
 Event = dict[str, Any]
 _STATE_NAME = re.compile(r"state-(\d{8})\.safetensors")
@@ -138,6 +140,18 @@ class RunDirectory:
             if other not in (number, number - 1):
                 files.remove(self._state_file(other))
         self.forget_received()
+
+    def noise_key(self) -> bytes:
+        """32 random bytes of this run, made once: who knows them can take the noise of a private run off again."""
+        path = self._state_path / NOISE_KEY_FILE
+        try:
+            key = path.read_bytes()
+        except FileNotFoundError:
+            key = secrets.token_bytes(32)
+            files.write_bytes(path, [key])
+        if len(key) != 32:
+            raise CorruptFile(f"{path}: expected 32 bytes, got {len(key)}; start a new run")
+        return key
 
     def journal(self, tasks: Sequence[Task]) -> Journal:
         """What was received of this exchange before a crash, and where its replies are to be kept."""

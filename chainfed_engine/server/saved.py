@@ -16,6 +16,7 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile
 from chainfed_engine.schedule import num_probe_rounds
 from chainfed_engine.server.checks import refuse_arrays
+from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
 FORMAT = "chainfed-server-state"
@@ -126,6 +127,23 @@ def require_arrays(arrays: Arrays, like: Arrays, *, depths: Collection[int], hid
     if reason is not None:
         raise CorruptFile(f"saved state: {reason}; start a new run")
     return stand_in_keys
+
+
+def require_start_layer(progress: Progress, plan: Plan) -> None:
+    """The start layer and the stand-ins must be those that `plan` can lead to."""
+    fixed = plan.fixed_start_layer()
+    found = progress.start_layer
+    if found != fixed and (fixed is not None or found is None):
+        raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
+    if found is None:
+        possible = range(0)
+        if progress.round_id > 0:
+            raise CorruptFile("saved state: rounds without a start layer; start a new run")
+    else:
+        plan.stage(0, found)  # raises where the layer is beyond the model
+        possible = plan.stand_in_depths(found)
+    if not set(progress.stand_in_depths) <= set(possible):
+        raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
 
 
 def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int | None) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
-from chainfed_engine.errors import ConfigError, CorruptFile, InvalidArgument
+from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server import saved
 from chainfed_engine.server.checks import is_late, one_line
+from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.methods import method_class
@@ -60,11 +61,6 @@ class Server:
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
         self._plan = Plan(config, shape.num_layers, task)
         method = method_class(config.method)
-        if config.aggregation in ("median", "trimmed-mean") and not method.averages_values:
-            raise ConfigError(
-                f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
-                f'{config.method} do not send; use "mean" or "multi-krum"'
-            )
         self._model = GlobalModel(
             {**initial, **method.extra_state(config, initial)},
             task,
@@ -74,6 +70,7 @@ class Server:
             fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
+        self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
@@ -290,12 +287,14 @@ class Server:
         stage, round_id = self._stage(), self._round_id
         config = self.config
         rejected |= collector.finish(
-            norm_limit=config.norm_limit, aggregation=config.aggregation, hostile_share=config.hostile_share
+            norm_limit=self.combiner.norm_limit,
+            aggregation=config.aggregation,
+            hostile_share=config.hostile_share,
         )
         if collector.usable and self._plan.fits_classifier(stage):
             self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
         elif collector.usable:
-            self._model.update(self._method.combine(collector.usable))
+            self._model.update(self.combiner.combine(collector.usable, stage, round_id))
         self._typical_size = collector.typical_size
         self._round_id += 1
         return Summary(
@@ -333,7 +332,7 @@ class Server:
         """Go on from a saved state of the same run. Clients are taken to hold nothing; a run that stopped after too
         many rejected rounds gets as many new chances. Raises CorruptFile or ConfigError and then changes nothing."""
         progress = saved.from_record(record, self._identity())
-        self._check_start_layer(progress)
+        saved.require_start_layer(progress, self._plan)
         own, depths = self._model.state(), progress.stand_in_depths
         kept = self._model.take_factor(arrays)
         others = {key: array for key, array in arrays.items() if key not in kept}
@@ -380,18 +379,3 @@ class Server:
 
     def _identity(self) -> dict[str, Any]:
         return saved.identity(self.config, self.shape, self.task, self.client_samples, self.client_windows, self.base)
-
-    def _check_start_layer(self, progress: saved.Progress) -> None:
-        fixed = self._plan.fixed_start_layer()
-        found = progress.start_layer
-        if found != fixed and (fixed is not None or found is None):
-            raise CorruptFile(f"saved state: start layer {found} does not belong to this run; start a new run")
-        if found is None:
-            possible = range(0)
-            if progress.round_id > 0:
-                raise CorruptFile("saved state: rounds without a start layer; start a new run")
-        else:
-            self._plan.stage(0, found)  # raises where the layer is beyond the model
-            possible = self._plan.stand_in_depths(found)
-        if not set(progress.stand_in_depths) <= set(possible):
-            raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")

@@ -1,0 +1,62 @@
+"""What becomes of a round's usable updates: the method's own combination, or a private average. Checked at the start.
+
+In: usable replies by client; out: new values of global arrays. Raises ConfigError for rules that do not go together.
+"""
+
+from collections.abc import Mapping
+
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.errors import ConfigError, InvalidArgument
+from chainfed_engine.server.global_model import GlobalModel
+from chainfed_engine.server.methods import Averaging
+from chainfed_engine.server.plan import Plan
+from chainfed_engine.server.privacy import private_average
+from chainfed_engine.types import Arrays, Reply, Stage
+
+
+class Combiner:
+    """`noise_key`: 32 bytes that nobody else knows, to be set before the first round of a private run."""
+
+    def __init__(
+        self, config: ChainConfig, plan: Plan, model: GlobalModel, method: Averaging, *, num_clients: int
+    ) -> None:
+        self._config, self._model, self._method = config, model, method
+        self._asked = min(config.clients_per_round, num_clients)
+        self.noise_key: bytes | None = None
+        if config.aggregation in ("median", "trimmed-mean") and not method.averages_values:
+            raise ConfigError(
+                f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
+                f'{config.method} do not send; use "mean" or "multi-krum"'
+            )
+        if config.dp_noise:
+            self._check_private(plan)
+
+    @property
+    def norm_limit(self) -> float:
+        """With privacy the clip bounds what a client can do; to refuse one for the size of others would be a leak."""
+        return 0.0 if self._config.dp_noise else self._config.norm_limit
+
+    def combine(self, usable: Mapping[str, Reply], stage: Stage, round_id: int) -> Arrays:
+        config = self._config
+        if not config.dp_noise:
+            return self._method.combine(usable)
+        if self.noise_key is None:
+            raise InvalidArgument("receive: a private run needs a noise key before its first round")
+        return private_average(
+            usable,
+            self._model.trained(stage),
+            asked=self._asked,
+            clip=config.dp_clip,
+            noise=config.dp_noise,
+            key=self.noise_key,
+            round_id=round_id,
+        )
+
+    def _check_private(self, plan: Plan) -> None:
+        start = plan.fixed_start_layer()
+        profiles = start is None or bool(plan.stand_in_depths(start)) or plan.probe_rounds > 0
+        if profiles or not self._method.averages_values or self._config.aggregation != "mean":
+            raise ConfigError(
+                "[federation] dp_noise: expected a fixed start_layer, stand_in = false, probe_rounds = 0 (statistics "
+                'are not protected), aggregation = "mean" and a method whose clients send parameters'
+            )
