@@ -191,8 +191,8 @@ def _lines(
         (min(xs), max(xs)), (0.0 if from_zero else max(0.0, low - margin), max(top, high)),
         x_label=x_label, y_label=y_label,
     )  # fmt: skip
-    for value, label in references:
-        frame.reference(value, label)
+    for index, (value, label) in enumerate(references):
+        frame.reference(value, label, left=index % 2 == 1)  # two that lie close stay legible
     for value, label in verticals:
         frame.vertical(value, label)
     for style, (name, line) in enumerate(lines.items()):

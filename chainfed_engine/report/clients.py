@@ -14,31 +14,35 @@ _ROW, _TOP, _BOTTOM, _LEFT = 14, 10, 40, 150
 
 @dataclass(frozen=True)
 class ClientRow:
-    """`counted`: rounds whose aggregate holds the client's update; `reason`: why it was refused the last time."""
+    """`counted`: rounds whose aggregate holds the client's update; `silent`: rounds in which it did not answer in time;
+    `reason`: why it was refused the last time."""
 
     name: str
     counted: int
     refused: int
+    silent: int
     reason: str
 
 
 def client_rows(run: RunLog) -> list[ClientRow]:
-    """Every client that answered a round: those refused first, then by number of rounds, then by name."""
+    """Every client that was asked in a round: those refused first, then by number of rounds, then by name."""
     counted: Counter[str] = Counter()
     refused: Counter[str] = Counter()
+    silent: Counter[str] = Counter()
     reasons: dict[str, str] = dict(run.profile_rejected)
     refused.update(run.profile_rejected.keys())
     for _, each in sorted(run.rounds.items()):
         counted.update(each.clients)
         refused.update(each.rejected.keys())
+        silent.update(each.silent)
         reasons.update(each.rejected)
-    names = counted.keys() | refused.keys()
-    rows = [ClientRow(name, counted[name], refused[name], reasons.get(name, "")) for name in names]
-    return sorted(rows, key=lambda row: (-row.refused, -row.counted, row.name))
+    names = counted.keys() | refused.keys() | silent.keys()
+    rows = [ClientRow(name, counted[name], refused[name], silent[name], reasons.get(name, "")) for name in names]
+    return sorted(rows, key=lambda row: (-row.refused, -row.silent, -row.counted, row.name))
 
 
 def participation(run: RunLog) -> Chart | None:
-    """Clients against rounds: a filled square where the update counted, a cross where it was refused."""
+    """Clients against rounds: a square where the update counted, a cross where it was refused, a dash for silence."""
     rows = client_rows(run)
     if not rows or not run.rounds:
         return None
@@ -62,6 +66,10 @@ def participation(run: RunLog) -> Chart | None:
             if name in places:
                 x, y = frame.x(index + 1), frame.y(places[name] + 0.5)
                 frame.add(svg.marker(5, x, y, f"{name}, round {index + 1}: refused, {reason}"))
+        for name in each.silent:
+            if name in places:
+                x, y = frame.x(index + 1), frame.y(places[name] + 0.5)
+                frame.add(svg.marker(7, x, y, f"{name}, round {index + 1}: no answer in time"))
     more = f"; the {len(drawn)} busiest of {len(rows)}" if len(rows) > len(drawn) else ""
-    lead = f"A square: the update counted; a cross: it was refused{more}."
+    lead = f"A square: the update counted; a cross: it was refused; a dash: no answer came in time{more}."
     return Chart("Who took part", lead, frame.svg("participation of clients by round"))

@@ -162,14 +162,14 @@ def _clients(run: RunLog) -> str:
     shown = rows[: clients.MAX_CLIENTS_LISTED]
     cells = "".join(
         f'<tr><td>{escape(row.name)}</td><td class="n">{row.counted}</td><td class="n">{row.refused}</td>'
-        f"<td>{escape(row.reason)}</td></tr>"
+        f'<td class="n">{row.silent}</td><td>{escape(row.reason)}</td></tr>'
         for row in shown
     )
     more = f"<p>and {len(rows) - len(shown)} more</p>" if len(rows) > len(shown) else ""
     return (
-        f"<details{' open' if refused else ''}><summary>{len(rows)} clients took part, {refused} had updates refused"
+        f"<details{' open' if refused else ''}><summary>{len(rows)} clients were asked, {refused} had updates refused"
         '</summary><table><tr><th>client</th><th class="n">rounds counted</th><th class="n">refused</th>'
-        f"<th>reason of the last refusal</th></tr>{cells}</table>{more}</details>"
+        f'<th class="n">silent</th><th>reason of the last refusal</th></tr>{cells}</table>{more}</details>'
     )
 
 

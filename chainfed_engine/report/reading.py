@@ -35,6 +35,7 @@ class Round:
     window: tuple[int, int] | None
     clients: tuple[str, ...]
     rejected: Mapping[str, str]  # client -> reason
+    silent: tuple[str, ...]  # asked, but no answer came in time
     bytes_down: float
     bytes_up: float
     seconds: Mapping[str, float]
@@ -183,14 +184,14 @@ def _round(index: int, event: dict[str, Any]) -> Round:
     window = event.get("window")
     layers = [_whole(layer, MAX_LAYER + 1) for layer in window] if isinstance(window, list) else []
     first, stop = layers if len(layers) == 2 else (None, None)
-    clients = event.get("clients")
     return Round(
         index,
         event.get("accepted") is not False,
         _number(event.get("loss")),
         (first, stop) if first is not None and stop is not None and first < stop else None,
-        tuple(_text(name, MAX_NAME_CHARS) for name in clients) if isinstance(clients, list) else (),
+        _names(event.get("clients")),
         _reasons(event.get("rejected")),
+        _names(event.get("silent")),
         _number(event.get("bytes_down")) or 0.0,
         _number(event.get("bytes_up")) or 0.0,
         _numbers(event.get("seconds")),
@@ -228,6 +229,10 @@ def _numbers(value: object) -> dict[str, float]:
 
 def _whole(value: object, high: int, low: int = 0) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high else None
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(_text(name, MAX_NAME_CHARS) for name in value) if isinstance(value, list) else ()
 
 
 def _reasons(value: object) -> dict[str, str]:

@@ -61,13 +61,14 @@ class Frame:
                 label = f"{name}, {number(x)}: {number(y)}{unit}"
                 self.add(marker(style, self.x(x), self.y(y), label))
 
-    def reference(self, value: float, label: str, *, below: bool = False) -> None:
-        """A horizontal line across the frame with its name on it, or below it."""
+    def reference(self, value: float, label: str, *, below: bool = False, left: bool = False) -> None:
+        """A horizontal line across the frame with its name on it (or `below` it), at the right end or the `left`."""
         y = self.y(value)
         below = below or y < self.top + 16
         self.add(f'<line class="limit" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         at = y + 13 if below else y - 4
-        self.add(text(WIDTH - RIGHT - 4, at, label, "end", "note"))
+        x, anchor = (self.left + 6, "start") if left else (WIDTH - RIGHT - 4, "end")
+        self.add(text(x, at, label, anchor, "note"))
 
     def vertical(self, value: float, label: str, above: int = 0) -> None:
         """A vertical line with its name beside it, or in the `above`th row over the frame."""
@@ -186,9 +187,7 @@ def patterns() -> str:
 
 def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
     """Round values from low to high, about `count` of them."""
-    step = _step((high - low) / count)
-    if whole:
-        step = max(1.0, step)
+    step = max(1.0, _step((high - low) / count, (1, 2, 5, 10))) if whole else _step((high - low) / count)
     first = math.ceil(low / step - 1e-9)
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -212,9 +211,9 @@ def labelled(low: float, high: float, *, whole: bool = False) -> list[tuple[floa
     return [(value, number(round(value, 10))) for value in ticks(low, high, whole=whole)]
 
 
-def _step(rough: float) -> float:
+def _step(rough: float, factors: Sequence[float] = (1, 2, 2.5, 5, 10)) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    return next(power * factor for factor in factors if power * factor >= rough * 0.999)
 
 
 def _widened(limits: tuple[float, float]) -> tuple[float, float]:

@@ -123,12 +123,6 @@ class GlobalModel:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
         return self.select(self._model_keys())
 
-    def known(self, versions: Mapping[str, str]) -> dict[str, str]:
-        """Of what somebody says to hold, the parameters of this model; a bound on what is remembered of a claim."""
-        keys = {*self._trained.sorted_keys(), *self._stand_ins.sorted_keys()}
-        keys |= {stand_in_key(depth, name) for depth in self.stand_in_depths() for name in stand_in.LOGIT_NAMES}
-        return {key: version for key, version in versions.items() if key in keys and len(version) <= 64}
-
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""
         self._trained.replace(arrays)

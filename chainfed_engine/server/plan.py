@@ -59,7 +59,7 @@ class Plan:
     @property
     def probe_rounds(self) -> int:
         """Rounds that fit the classifier in closed form."""
-        return self._schedule(0).probe_rounds if self.config.method == "chain" else 0
+        return self._schedule(self.config.start_layer or 0).probe_rounds if self.config.method == "chain" else 0
 
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""

@@ -157,10 +157,16 @@ def test_refused_updates_are_listed_with_their_reasons(tmp_path: Path) -> None:
     reasons = {"mallory": "not finite: adapters.3.up_weight holds NaN or infinity"}
     events = [exchange(0), exchange(1, rejected=reasons), exchange(2, accepted=False, clients=[], rejected=reasons)]
     _, texts = page_of(write_run(tmp_path / "run", events))
-    assert "3 clients took part, 1 had updates refused" in texts
+    assert "3 clients were asked, 1 had updates refused" in texts
     assert texts.count(reasons["mallory"]) == 1
     assert f"mallory, round 2: refused, {reasons['mallory']}" in texts
     assert "round 3: layers 2 to 3, no usable update" in texts
+
+
+def test_clients_that_did_not_answer_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [exchange(0, silent=["carl"]), exchange(1, silent=["carl", HOSTILE])])
+    _, texts = page_of(run)
+    assert "carl, round 2: no answer in time" in texts and "4 clients were asked, 0 had updates refused" in texts
 
 
 def test_hostile_text_is_shown_and_never_run(tmp_path: Path) -> None:
