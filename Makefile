@@ -136,6 +136,16 @@ bench-kernels: build $(VENV)/.bench  ## every kernel against torch, FBGEMM, bits
 	@cmake --build build --target peak
 	$(BIN)/python -m bench.micro --benchmark-json=build/bench-kernels.json $(BENCH)
 
+# MEMORY_TRIAL='--shape llama-3.2-1b --limit 512MiB'. Needs root or a delegated cgroup, and 5.5 GB of disk.
+memory-trial: build  ## an 8B shape fine-tuned and evaluated inside 1 GiB, enforced by the kernel
+	$(BIN)/python bench/memory/trial.py $(MEMORY_TRIAL)
+
+memory-sweep: build  ## predicted against measured peak memory over families, formats and budgets
+	$(BIN)/python bench/memory/sweep.py
+
+bench-memory: build $(VENV)/.bench  ## peak memory and tokens a second against LoRA and QLoRA, side by side
+	$(BIN)/python bench/memory/compare.py $(BENCH_MEMORY)
+
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
 wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment of its own
 	rm -rf dist build/wheel-venv build/lib* build/temp* build/bdist*

@@ -74,6 +74,7 @@ def fit(
     messages: str | None = None,
     client: str = "client",
     missing: Literal["error", "drop"] = "error",
+    hold_out: float = 0.0,
     out: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
     on_event: Callable[[Mapping[str, Any]], None] | None = None,
@@ -83,8 +84,9 @@ def fit(
     Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
     The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
     response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
-    leaves out rows with a blank, "error" names the first. `out` keeps the run directory; without it the result's `save`
-    does. `callbacks` see every event (chainfed_engine.callbacks), and so does the function `on_event`.
+    leaves out rows with a blank, "error" names the first. `hold_out`: share of the rows kept for evaluation when
+    `evaluation` is None. `out` keeps the run directory; without it the result's `save` does. `callbacks` see every
+    event (chainfed_engine.callbacks), and so does the function `on_event`.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
@@ -105,6 +107,7 @@ def fit(
         response=response,
         messages=messages,
         missing=missing,
+        hold_out=0.0 if evaluation is not None else hold_out,
         client=column,
     )
     held_out = None if evaluation is None else data.as_table(evaluation, "evaluation")
@@ -188,6 +191,10 @@ def _train(
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     config = _with_pooling(config)
     table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
+    if held_out is None and config.data.hold_out:
+        named = None if config.data.label is None else table.names(config.data.label)
+        kept, held = data.hold_out(named, len(table), config.data.hold_out, config.chain.seed)
+        table, held_out = table.select(kept), table.select(held)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)

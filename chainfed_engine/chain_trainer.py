@@ -113,7 +113,8 @@ class ChainTrainer:
             raise InvalidArgument("advance: nothing was trained yet; call step first")
         if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
             num_labels = len(self._arrays[classifier_key("out_weight")])
-            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels))
+            bias = classifier_key("out_bias") in self._arrays
+            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels, bias=bias))
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()

@@ -32,11 +32,14 @@ def merge(factors: list[Matrix]) -> Matrix:
     return least_squares.merge(factors).astype(np.float32)
 
 
-def solve(factor: Matrix, num_labels: int) -> Arrays:
-    """`classifier.out_weight` float32 [C, D] and `classifier.out_bias` [C]."""
-    fitted = least_squares.solve(factor, factor.shape[1] - 1 - num_labels)
+def solve(factor: Matrix, num_labels: int, *, bias: bool = True) -> Arrays:
+    """`classifier.out_weight` float32 [C, D] and, with `bias`, `classifier.out_bias` [C]."""
+    width = factor.shape[1] - 1 - num_labels
+    # Without a bias all classes are equally likely where the features are zero.
+    through = None if bias else np.concatenate([np.zeros(width), np.full(num_labels, 1.0 / num_labels)])
+    fitted = least_squares.solve(factor, width, through=through)
     steepness = float(num_labels)
-    return {
-        classifier_key("out_weight"): np.ascontiguousarray(steepness * fitted.weight, np.float32),
-        classifier_key("out_bias"): np.ascontiguousarray(steepness * fitted.bias, np.float32),
-    }
+    solved = {classifier_key("out_weight"): np.ascontiguousarray(steepness * fitted.weight, np.float32)}
+    if bias:
+        solved[classifier_key("out_bias")] = np.ascontiguousarray(steepness * fitted.bias, np.float32)
+    return solved

@@ -138,6 +138,9 @@ class DataConfig:
 
     train: str = _in("data", "")
     eval: str | None = _in("data", None, none="none")
+    hold_out: float = _in(
+        "data", 0.0, high=0.9
+    )  # share of the rows of `train` kept for evaluation, when there is no eval
     text: str = _in("data", "text")
     label: str | None = _in("data", None, none="none")
     prompt: str = _in("data", "prompt")
@@ -160,6 +163,8 @@ class DataConfig:
                 "[data]: expected the name of one column: label (classification), response or messages (causal LM), "
                 f"got {' and '.join(given) or 'none of them'}"
             )
+        if self.eval is not None and self.hold_out:
+            raise ConfigError("[data] hold_out: expected 0 beside [data] eval; evaluation has one source")
         if self.partition == "auto":
             object.__setattr__(self, "partition", "dirichlet" if self.label is not None else "iid")
         if self.partition == "dirichlet" and self.label is None and self.client is None:

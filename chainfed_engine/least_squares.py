@@ -50,14 +50,15 @@ class Affine:
         return np.asarray(self.out_weight @ self.in_weight)
 
 
-def solve(merged: Matrix, x_width: int, *, ridge: float | None = None) -> Affine:
+def solve(merged: Matrix, x_width: int, *, ridge: float | None = None, through: Matrix | None = None) -> Affine:
     """The ridge solution for a factor whose first `x_width` columns are x. `ridge` is relative to the mean squared
-    column of x; None chooses it by generalised cross-validation.
+    column of x; None chooses it by generalised cross-validation. `through`: the point [Dx + Dy] that the map passes
+    through; None: the rows' mean, which is where the best one does.
 
     By the eigenvectors of X X' (fewer rows than columns) or X' X, centred a block of columns at a time, in float64:
     beside the factor, which is only read, memory is that of the result and three matrices of the smaller side.
     """
-    centred = _Centred(merged, x_width)
+    centred = _Centred(merged, x_width, through)
     wide = len(merged) < x_width
     energy, vectors = np.linalg.eigh(centred.outer() if wide else centred.inner())
     kept = energy > max(float(energy[-1]), 0.0) * len(energy) * np.finfo(np.float64).eps
@@ -83,14 +84,17 @@ def solve(merged: Matrix, x_width: int, *, ridge: float | None = None) -> Affine
 
 
 class _Centred:
-    """Columns of a factor [n, W] with their mean taken out, as float64, a block at a time."""
+    """Columns of a factor [n, W] with their mean, or a given `point`, taken out, as float64, a block at a time."""
 
-    def __init__(self, factor: Matrix, x_width: int) -> None:
+    def __init__(self, factor: Matrix, x_width: int, point: Matrix | None) -> None:
         self._factor = factor
         # A rotation of the column of ones: centring works in any rotation.
         self._ones = factor[:, x_width].astype(np.float64)
         self.count = float((self._ones**2).sum())
         self.x, self.y = slice(0, x_width), slice(x_width + 1, factor.shape[1])
+        if point is not None:
+            self.mean = np.insert(point.astype(np.float64), x_width, 1.0)
+            return
         self.mean = np.concatenate([self._ones @ block for _, block in self._raw(slice(0, factor.shape[1]))])
         self.mean /= self.count
 

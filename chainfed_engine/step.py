@@ -201,11 +201,12 @@ class StageTrainer:
         self.parameters.load(arrays)
         features, labels, loss = [], [], 0.0
         for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+            batch = batch_on(batch, hidden.device)
             loss += float(self.readout.scores(hidden, batch)[0].sum())
             features.append(self.classifier.transformed(self.readout.features(hidden, batch)))
             labels.append(require_labels(batch))
         native.trim_heap()
-        rows, targets = torch.cat(features), torch.cat(labels)
+        rows, targets = torch.cat(features).cpu(), torch.cat(labels).cpu()
         statistics = classifier_fit.statistics(rows.numpy(), targets.numpy(), self.classifier.num_labels)
         return statistics, loss / len(targets)
 

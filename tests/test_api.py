@@ -11,7 +11,7 @@ import chainfed_engine as cfe
 from chainfed_engine import api
 from chainfed_engine.config import Method
 from chainfed_engine.config_file import load_config
-from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.errors import ConfigError, DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.types import layer_of_key
 
 SHAPES = {
@@ -255,3 +255,11 @@ def test_rows_with_blanks_are_refused_by_line_or_left_out_openly(stores: dict[st
 def test_a_table_with_none_of_the_columns_names_those_it_has(stores: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"'label', 'response' or 'messages'.* there are 'sentiment', 'text'"):
         cfe.fit(stores["bert"], {"anna": [{"text": "a", "sentiment": "b"}]}, CONFIG)
+
+
+def test_a_share_of_the_rows_is_held_out_for_evaluation(stores: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, stores["bert"]), ["data.eval=none", "data.hold_out=0.2"])
+    result = api.run(config, tmp_path / "out")
+    assert result.evaluation["num_samples"] == 6.0  # a fifth of 17 and of 16 rows
+    with pytest.raises(ConfigError, match="one source"):
+        load_config(tmp_path / "run.toml", ["data.hold_out=0.2"])

@@ -59,3 +59,17 @@ def test_near_interpolation_the_penalty_is_not_left_to_cross_validation() -> Non
     solved = classifier_fit.solve(classifier_fit.statistics(x, labels, 3)[classifier_fit.FACTOR_KEY], 3)
     assert _accuracy(solved, *_blobs(2000, seed=1)) > 0.75
     assert least_squares.MAX_FREEDOM_SHARE < 1.0
+
+
+def test_without_a_bias_the_classifier_goes_through_the_origin_as_plain_ridge_does() -> None:
+    x, labels = _blobs(300, seed=0)
+    x = x + 2.0
+    solved = classifier_fit.solve(classifier_fit.statistics(x, labels, 3)[classifier_fit.FACTOR_KEY], 3, bias=False)
+    assert solved.keys() == {"classifier.out_weight"}
+    assert ((x @ solved["classifier.out_weight"].T).argmax(axis=1) == labels).mean() > 0.9
+    factor = least_squares.factor(x, np.eye(3)[labels])
+    through = np.concatenate([np.zeros(12), np.full(3, 1 / 3)])
+    weight = least_squares.solve(factor, 12, ridge=0.1, through=through).weight
+    penalty = 0.1 * np.trace(x.T @ x) / 12
+    expected = np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T @ (np.eye(3)[labels] - 1 / 3)).T
+    np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=1e-4)

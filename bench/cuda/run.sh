@@ -23,6 +23,7 @@ BUILT=$(date +%s)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 STATUS=0
 "$PYTHON" bench/cuda/checks.py --out "$RESULTS" --build-seconds $((BUILT - START)) || STATUS=1
-"$PYTHON" bench/cuda/times.py --out "$RESULTS" --seconds $((420 - ($(date +%s) - START))) || STATUS=1
+"$PYTHON" bench/cuda/times.py --out "$RESULTS" --seconds $((360 - ($(date +%s) - START))) || STATUS=1
+timeout $((470 - ($(date +%s) - START))) "$PYTHON" bench/cuda/step.py --out "$RESULTS" || STATUS=1
 echo "$RESULTS: $(wc -l <"$RESULTS") lines after $(($(date +%s) - START)) s, status $STATUS"
 exit $STATUS

@@ -1,12 +1,14 @@
-"""One optimizer step of a causal LM on the same batch: the cached window against LoRA through the whole model.
+"""One optimizer step on the same batch: the cached window against what trains through the whole model.
 
     python bench/flow/lm_step.py STORE window        ours: Q layers, boundary from the cache, both branches of the loss
     python bench/flow/lm_step.py STORE lora          peft: rank 8 on q and v of every layer, f32, end to end
+    python bench/flow/lm_step.py STORE qlora         the same on bitsandbytes' NF4 layers, built one by one
+    python bench/flow/lm_step.py STORE adapters      encoders: a bottleneck adapter after every layer, f32, end to end
 
 One side a process, so that peaks do not mix. The LoRA side has the store's architecture with random weights: neither
 its speed nor its memory depends on them. Every token but the first of each sequence carries a label; adapters above the
 window are trained (non-zero), so the head sees two branches. Prints one JSON line: tokens a second (median step) and
-the peak resident set above the imports, the weights included.
+the peak resident set above the imports, the weights included. Encoders are trained as classifiers.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from chainfed_engine.cli.main import prepare_process
 def main() -> int:
     parser = argparse.ArgumentParser(description="tokens a second and peak memory of one training step")
     parser.add_argument("store")
-    parser.add_argument("side", choices=("window", "lora"))
+    parser.add_argument("side", choices=("window", "lora", "qlora", "adapters"))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--window", type=int, default=2)
@@ -35,8 +37,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    side = _window if options.side == "window" else _lora
-    print(json.dumps({"side": options.side, **side(options)}))
+    sides = {"window": _window, "lora": _lora, "qlora": _lora, "adapters": _adapters}
+    print(json.dumps({"side": options.side, **sides[options.side](options)}))
     return 0
 
 
@@ -82,7 +84,10 @@ def _window(options: argparse.Namespace) -> dict[str, Any]:
     reset_peak_rss()
     before = rss_bytes()
     model = FrozenModel(LayerStore.open(Path(options.store), num_slots=options.slots, verify=False))
-    trainer = StageTrainer(model, ChainConfig(window=options.window), task="causal-lm", cache_format="int8")
+    causal = model.head is not None
+    task: Any = "causal-lm" if causal else "classification"
+    config = ChainConfig(window=options.window)
+    trainer = StageTrainer(model, config, task=task, num_labels=0 if causal else 4, cache_format="int8")
     start = model.num_layers // 2 if options.start is None else options.start
     window = Window(start, start + options.window)
     width = model.shape.hidden_size
@@ -95,7 +100,8 @@ def _window(options: argparse.Namespace) -> dict[str, Any]:
     arrays[stand_in_key(window.stop, "bias")] = np.zeros(width, np.float32)
     ids = torch.from_numpy(generator.integers(0, model.shape.vocab_size, (options.batch, options.tokens)))
     names = [f"sample-{index}" for index in range(options.batch)]
-    batch = Batch(ids, torch.ones_like(ids), ids.clone(), names)
+    labels = ids.clone() if causal else torch.arange(options.batch) % 4
+    batch = Batch(ids, torch.ones_like(ids), labels, names)
     with tempfile.TemporaryDirectory() as cache:
         trainer.begin(Stage("window", window, 1), arrays, cache_dir=Path(cache), lr=1e-3)
         trainer.prepare([batch])
@@ -119,7 +125,12 @@ def _lora(options: argparse.Namespace) -> dict[str, Any]:
     transformers.AutoModelForCausalLM._model_mapping[type(config)]  # imports the library's modelling code
     reset_peak_rss()
     before = rss_bytes()
-    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    quantised = options.side == "qlora"
+    if quantised:
+        import bitsandbytes  # noqa: F401 (its memory is an import's)
+    base = (
+        _four_bit(config) if quantised else transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    )
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora)
     model.train()
@@ -128,6 +139,71 @@ def _lora(options: argparse.Namespace) -> dict[str, Any]:
 
     def step() -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _measure(step, options, before)
+
+
+def _four_bit(config: Any) -> Any:
+    """The model with random NF4 layers. A layer's weights exist in f32 only until they are quantised."""
+    import bitsandbytes
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    inside = [(name, module) for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name, linear in inside:
+        weight = torch.empty(linear.out_features, linear.in_features).normal_(0, 0.02)
+        packed = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        model.model.set_submodule(name, packed.to("cpu"))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, last = name.rpartition(".")
+            value = torch.empty(parameter.shape).normal_(0, 0.02)
+            setattr(model.get_submodule(owner), last, torch.nn.Parameter(value, requires_grad=False))
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module.register_buffer(name, type(module)(config).get_buffer(name), persistent=False)
+    return model
+
+
+def _adapters(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from chainfed_engine.adapters import Bottleneck
+    from chainfed_engine.memory.meter import reset_peak_rss, rss_bytes
+    from chainfed_engine.model.format import StoreInfo
+
+    torch.set_num_threads(options.threads)
+    info = StoreInfo.read(options.store)
+    values = {key: value for key, value in info.config.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(info.architecture, **values, num_labels=4)
+    transformers.AutoModelForSequenceClassification._model_mapping[type(config)]  # imports the modelling code
+    reset_peak_rss()
+    before = rss_bytes()
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    adapters = torch.nn.ModuleList()
+    for layer in model.bert.encoder.layer:
+        adapters.append(Bottleneck(config.hidden_size, 16))
+        layer.output.register_forward_hook(lambda module, given, output, adapter=adapters[-1]: adapter(output))
+    model.train()
+    trained = [value for value in [*model.parameters(), *adapters.parameters()] if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    ids = torch.randint(0, info.shape.vocab_size, (options.batch, options.tokens))
+    labels = torch.arange(options.batch) % 4
+
+    def step() -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

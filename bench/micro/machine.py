@@ -32,6 +32,7 @@ def facts() -> dict[str, object]:
     return {
         "machine": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "threads": native.num_threads(),
+        "clock": "cpu" if native.num_threads() == 1 else "wall",
         "simd": native.simd_level(),
         "commit": commit.stdout.strip() or "unknown",
     }

@@ -117,7 +117,7 @@ def report(options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     from chainfed_engine.cli.doctor import examine, render
 
-    report = examine(disk=options.disk)
+    report = examine(disk=options.disk, store=options.store)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["verdict"]["ok"] else 2
 

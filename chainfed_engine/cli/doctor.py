@@ -1,8 +1,9 @@
 """`chainfed doctor`: what this machine and this installation can do, checked by doing it.
 
 At every instruction set the processor has, kernels are launched and held to the float64 reference: int4 weights are
-quantised, the linear is computed with f32 and with int8 activations. `examine` returns a plain dict (the --json
-output), `render` the same as text; `verdict` lists every problem found.
+quantised, the linear is computed with f32 and with int8 activations. On a small random model, or the store named, the
+engine's shortcuts are held to the long way (doctor_model.py). `examine` returns a plain dict (the --json output),
+`render` the same as text, to be pasted into an issue; `verdict` lists every problem found.
 """
 
 import os
@@ -18,7 +19,7 @@ import numpy as np
 
 from chainfed_engine import native
 from chainfed_engine._version import __version__
-from chainfed_engine.cli import machine
+from chainfed_engine.cli import doctor_cuda, machine
 from chainfed_engine.errors import ChainfedError
 from chainfed_engine.native import reference
 from chainfed_engine.sizes import format_size
@@ -34,8 +35,9 @@ _MAX_F32_ERROR = 2e-5
 _MIN_INT8_COSINE = 0.9999  # promised in csrc/include/chainfed/kernels.h
 
 
-def examine(disk: str | None = None) -> dict[str, Any]:
-    """All facts and checks. `disk`: the folder whose disk is measured (default: the temporary folder)."""
+def examine(disk: str | None = None, store: str | None = None) -> dict[str, Any]:
+    """All facts and checks. `disk`: the folder whose disk is measured (default: the temporary folder); `store`: the
+    model that is checked (default: a small random one)."""
     kernels = [_check_level(level) for level in native.simd_levels()]
     native.set_simd_level(None)
     report: dict[str, Any] = {
@@ -52,13 +54,17 @@ def examine(disk: str | None = None) -> dict[str, Any]:
         "kernels": kernels,
         "memory": {
             **machine.memory_bytes(),
+            "copy_bytes_per_s": machine.copy_bytes_per_s(),
             "cgroup_limit_bytes": machine.cgroup_limit_bytes(),
             "page_bytes": os.sysconf("SC_PAGE_SIZE"),
         },
         "disk": machine.disk_speed(Path(disk if disk is not None else tempfile.gettempdir())),
     }
-    problems = [f"kernels at {row['level']}: {row['problem']}" for row in kernels if row["problem"]]
+    report["cuda"], cuda_problems = doctor_cuda.examine()
+    model = report["model"] = _check_model(store)
+    problems = [f"kernels at {row['level']}: {row['problem']}" for row in kernels if row["problem"]] + cuda_problems
     problems += [f"{name} is not installed" for name in _PACKAGES if report["versions"][name] is None]
+    problems += [f"{row['name']}: {row['problem']}" for row in model["checks"] if row["problem"]]
     report["verdict"] = {"ok": not problems, "problems": problems}
     return report
 
@@ -79,15 +85,48 @@ def render(report: dict[str, Any]) -> str:
             accuracy = f"f32 error {row['f32_relative_error']:.1e}, int8 cosine {row['int8_cosine']:.6f}"
             figures = f"{accuracy}, {row['linear_us']:.0f} us"
         lines.append(f"kernel    {row['level']}: {'wrong' if row['problem'] else 'right'}, {figures}")
+    lines += doctor_cuda.render(report["cuda"])
     lines += [
         f"memory    {_size(memory['total_bytes'])} total, {_size(memory['available_bytes'])} available, cgroup limit "
-        f"{format_size(limit) if limit is not None else 'none'}, pages of {memory['page_bytes']} bytes",
+        f"{format_size(limit) if limit is not None else 'none'}, "
+        f"copies {format_size(memory['copy_bytes_per_s'])}/s, pages of {memory['page_bytes']} bytes",
         f"disk      {disk['folder']}: write {format_size(disk['write_bytes_per_s'])}/s, read "
-        f"{format_size(disk['read_bytes_per_s'])}/s, direct reads {'work' if disk['direct_reads'] else 'are refused'}, "
+        f"{format_size(disk['read_bytes_per_s'])}/s, {_direct(disk['direct_read_bytes_per_s'])}, "
         f"{format_size(disk['free_bytes'])} free",
     ]
+    lines += _model_lines(report["model"])
     problems = report["verdict"]["problems"]
     return "\n".join([*lines, *(f"problem   {problem}" for problem in problems), "verdict   " + _verdict(problems)])
+
+
+def _check_model(store: str | None) -> dict[str, Any]:
+    """A store that cannot be opened is an error of the caller's where he named it, else a problem of this machine."""
+    from chainfed_engine.cli.doctor_model import check_model
+
+    try:
+        return check_model(Path(store) if store is not None else None)
+    except ChainfedError as error:
+        if store is not None:
+            raise
+        return {"store": None, "checks": [{"name": "a small model", "problem": str(error), "seconds": 0.0}]}
+
+
+def _model_lines(model: dict[str, Any]) -> list[str]:
+    what = "a small random model" if model["store"] is None else model["store"]
+    lines = []
+    if "architecture" in model:
+        lines.append(
+            f"model     {what}: {model['architecture']}, {model['num_layers']} layers in {model['block_format']}, "
+            f"{format_size(model['store_bytes'])}, read at {format_size(model['direct_read_bytes_per_s'] or 0)}/s"
+        )
+    checks = model["checks"]
+    return lines + [
+        f"check     {row['name']}: {'no' if row['problem'] else 'yes'}, {row['seconds']} s" for row in checks
+    ]
+
+
+def _direct(speed: int | None) -> str:
+    return "direct reads are refused" if speed is None else f"direct read {format_size(speed)}/s"
 
 
 def _versions() -> dict[str, str | None]:

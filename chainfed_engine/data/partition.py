@@ -58,6 +58,22 @@ def dirichlet(labels: Sequence[Any] | npt.NDArray[Any], num_clients: int, alpha:
     return _named(parts)
 
 
+def hold_out(labels: Sequence[str] | None, num_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on and rows to evaluate on, both ascending: `share` of every label's rows, rounded down, or of all
+    rows without labels. Raises DataError when either would be empty."""
+    rng = np.random.default_rng(seed)
+    groups = [np.arange(num_rows)]
+    if labels is not None:
+        _, codes = np.unique(np.asarray(labels), return_inverse=True)
+        groups = [np.flatnonzero(codes == code) for code in range(int(codes.max()) + 1)]
+    held = np.sort(np.concatenate([rng.permutation(rows)[: int(share * len(rows))] for rows in groups])).astype(
+        np.int64
+    )
+    if not len(held):
+        raise DataError(f"hold_out {share}: no row of {num_rows} is left for evaluation; raise it or name [data] eval")
+    return np.setdiff1d(np.arange(num_rows, dtype=np.int64), held), held
+
+
 def _named(parts: Sequence[Rows]) -> Partition:
     width = max(3, len(str(len(parts) - 1)))
     return {f"client-{index:0{width}d}": np.sort(part) for index, part in enumerate(parts)}

@@ -44,7 +44,7 @@ class Table:
 
     def column(self, name: str) -> list[Any]:
         if name not in self.columns:
-            raise DataError(f"{self.source}: no column {name!r}; there are {', '.join(map(repr, self.columns))}")
+            raise _no_column(self.source, name, self.columns)
         return self.columns[name]
 
     def texts(self, name: str) -> list[str]:
@@ -170,8 +170,7 @@ def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Seque
                 kept[str(name)] = [None] * count
         elif missing := next((name for name in columns if name not in row), None):
             place = f"line {line}" if line is not None else f"row {count}"
-            there = ", ".join(map(repr, islice(row, 32)))
-            raise DataError(f"{source}, {place}: no column {missing!r}; there are {there}")
+            raise _no_column(f"{source}, {place}", missing, list(islice(row, 32)))
         for name, values in kept.items():
             values.append(row.get(name))
         count += 1
@@ -183,7 +182,7 @@ def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Seque
 def _wanted(source: str, there: Sequence[str], columns: Sequence[str] | None) -> Sequence[str]:
     missing = next((name for name in columns or () if name not in there), None)
     if missing is not None:
-        raise DataError(f"{source}: no column {missing!r}; there are {', '.join(map(repr, there))}")
+        raise _no_column(source, missing, there)
     return columns if columns is not None else there
 
 
@@ -201,3 +200,11 @@ def _described(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "nothing"
     return "a blank" if _is_blank(value) else type(value).__name__
+
+
+def _no_column(where: str, name: str, there: Iterable[str]) -> DataError:
+    there = list(there)
+    hint = "name the right one in [data] (text, label, prompt, response, messages, client)"
+    if len(there) == 1 and any(mark in there[0] for mark in ";|\t"):
+        hint = "the file seems to separate its columns by another character: save it with commas, or as .tsv with tabs"
+    return DataError(f"{where}: no column {name!r}; there are {', '.join(map(repr, there))}; {hint}")

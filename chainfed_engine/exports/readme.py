@@ -25,7 +25,7 @@ def readme(
         lines += [
             "from peft import PeftModel",
             "",
-            f"base = {model.auto_class}.from_pretrained({base!r}{options})",
+            f"base = {model.auto_class}.from_pretrained({base!r}{options})  # path or hub id of the original model",
             'model = PeftModel.from_pretrained(base, ".").eval()  # the path of this folder',
             f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
         ]

@@ -35,6 +35,11 @@ class TrainedRun:
         folder = Path(path)
         arrays, record = read_adapters(folder)
         config = load_config(folder / "config.toml")
+        if config.chain.method == "flora":
+            raise InvalidArgument(
+                f"{folder}: FLoRA ends in dense additions to the weights, which no other tool takes; train with method "
+                '"lora", or with "chain" and adapter = "lora"'
+            )
         labels = tuple(read_labels(folder)) if config.data.task == "classification" else ()
         if record.get("adapter") != config.chain.adapter or record.get("task") != config.data.task:
             raise CorruptFile(

@@ -148,6 +148,7 @@ class Streamed:
         slot = self._free_slot(file)
         self._pending.drop_finished(self._pending.limit)
         lease = self._reader.acquire(file)
+        slot.file, slot.matrices = -1, {}  # until the copy is queued
         if slot.read is not None:
             self._streams.copy_after(slot.read)
         lease.copy_to(slot.memory, stream=self._streams.copies)

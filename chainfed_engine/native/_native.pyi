@@ -17,7 +17,7 @@ Array = Any
 __version__: str
 
 def build_info() -> dict[str, str]: ...  # version, compiler, simd levels built
-def simd_levels() -> list[str]: ...  # what this CPU and OS support, weakest first: ["scalar", "avx2", "avx512vnni"]
+def simd_levels() -> list[str]: ...  # what this CPU and OS support, weakest first: scalar, avx2, ...
 def simd_level() -> str: ...  # in force
 def set_simd_level(level: str | None) -> str: ...  # None: best allowed by CHAINFED_SIMD; UnsupportedHardware otherwise
 def num_threads() -> int: ...
@@ -146,7 +146,7 @@ def boundary_decode(  # out f32 [*, D]
 # CUDA: a library of its own beside this module, opened by the first call that needs it. All but the first raise
 # UnsupportedHardware without it, or without a driver that serves it.
 def cuda_is_built() -> bool: ...
-def cuda_architectures() -> str: ...  # built for: "80;87;89;90"
+def cuda_architectures() -> str: ...  # built for: "80,87,89,90"
 def num_cuda_devices() -> int: ...
 
 # name, architecture (87), num_processors, is_unified (one memory with the CPU), total_bytes, free_bytes, has_library

@@ -6,7 +6,8 @@ however often a site was away, and a run that lost its cache ends with the same 
 which never goes stale because nothing below it is trained, and the one in use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -50,9 +51,10 @@ class BoundarySupply:
         layers_run = 0
         if cache is None:
             cache = self._create(self.origin)
-            for batch, lengths, records in self.prefix.first_records(batches, range(self.origin)):
-                cache.append(batch.sample_ids, lengths, records)
-            cache.seal()
+            with _closed_on_error(cache):
+                for batch, lengths, records in self.prefix.first_records(batches, range(self.origin)):
+                    cache.append(batch.sample_ids, lengths, records)
+                cache.seal()
             layers_run += self.origin
         while cache.depth < self.depth:
             advanced = self._advance(cache)
@@ -103,15 +105,17 @@ class BoundarySupply:
         return None
 
     def _advance(self, source: BoundaryCache) -> BoundaryCache | None:
-        target = self._create(source.depth + 1)
-        for group in source.iterate_groups():
-            if group is None:
-                source.close()
-                target.close()
-                return None
-            sample_ids, records, lengths = group
-            target.append(sample_ids, lengths, self.prefix.next_records(records, lengths, source.depth))
-        target.seal()
+        with _closed_on_error(source):
+            target = self._create(source.depth + 1)
+            with _closed_on_error(target):
+                for group in source.iterate_groups():
+                    if group is None:
+                        source.close()
+                        target.close()
+                        return None
+                    sample_ids, records, lengths = group
+                    target.append(sample_ids, lengths, self.prefix.next_records(records, lengths, source.depth))
+                target.seal()
         source.close()
         return target
 
@@ -141,3 +145,13 @@ class BoundarySupply:
         return cache_key(
             self._model_key, self.prefix.cache_format, str(self.origin), str(depth), self._adapters_hash(depth)
         )
+
+
+@contextmanager
+def _closed_on_error(cache: BoundaryCache) -> Iterator[None]:
+    """A file that stays open keeps its space on a full disk even once it is removed."""
+    try:
+        yield
+    except BaseException:
+        cache.close()
+        raise

@@ -16,7 +16,7 @@ from chainfed_engine.server.parameters import Parameters
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
-OUT_WEIGHT = classifier_key("out_weight")
+OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
 
 
 class GlobalModel:
@@ -111,9 +111,7 @@ class GlobalModel:
         if not self._fixes_classifier or stage.kind != "window" or depth not in self.stand_in_depths():
             return None
         solved = self._stand_ins.select(self._stand_ins.sorted_keys())
-        return Parameters(
-            stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(classifier_key("out_bias")))
-        )
+        return Parameters(stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(OUT_BIAS)))
 
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
@@ -138,7 +136,8 @@ class GlobalModel:
         """The classifier that all rows seen since the features last changed ask for, these included, in this order."""
         parts = [self._factor, *statistics] if self._factor else statistics
         factor = classifier_fit.merge([part[FACTOR_KEY] for part in parts])
-        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT))))
+        has_bias = OUT_BIAS in self._trained.classifier_keys()
+        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT)), bias=has_bias))
         self._factor = {FACTOR_KEY: factor}
 
     def statistics(self) -> Arrays:

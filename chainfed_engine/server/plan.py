@@ -56,22 +56,21 @@ class Plan:
             case _:
                 return Stage("window", Window(start_layer, self.num_layers), 0)
 
+    @property
+    def probe_rounds(self) -> int:
+        """Rounds that fit the classifier in closed form."""
+        return self._schedule(0).probe_rounds if self.config.method == "chain" else 0
+
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
-
-    @property
-    def fits_some_classifier(self) -> bool:
-        """Whether any stage fits the classifier in closed form, from statistics of the clients."""
-        return self.config.method == "chain" and self._schedule(self.config.start_layer or 0).probe_rounds > 0
 
     def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
         """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from
         the stand-in, as foresight does."""
         config = self.config
         wanted = config.train_classifier == "at-top" and config.foresight_every == 0
-        is_fitted = config.method == "chain" and self._schedule(0).probe_rounds > 0
-        return wanted and is_fitted and stand_in.is_linear_readout(architecture, parameters)
+        return wanted and self.probe_rounds > 0 and stand_in.is_linear_readout(architecture, parameters)
 
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""

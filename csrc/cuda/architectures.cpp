@@ -13,7 +13,7 @@ bool runs_on(const char* architectures, int architecture) {
     if (end == at) break;
     if (built / 10 == architecture / 10 && built <= architecture) return true;
     if (built > newest) newest = built;
-    at = *end == ';' ? end + 1 : end;
+    at = *end == ',' ? end + 1 : end;
   }
   return newest > 0 && architecture > newest;
 }

@@ -41,7 +41,7 @@ DeviceInfo device_info(int index) {
   return info;
 }
 
-const char* built_architectures() { return "80;87;89;90"; }
+const char* built_architectures() { return "80,87,89,90"; }
 
 CurrentDevice::CurrentDevice(int) : previous_(-1) {}
 CurrentDevice::~CurrentDevice() = default;

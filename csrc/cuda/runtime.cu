@@ -84,7 +84,7 @@ void check(cudaError_t status, const char* what) {
       throw UnsupportedHardware(text + "; this build has code for " + built_architectures() +
                                 ", rebuild with CHAINFED_CUDA_ARCHITECTURES set to the device's");
     case cudaErrorMemoryAllocation:
-      throw OutOfMemory(text);
+      throw OutOfMemory(text + "; set a smaller [memory] budget, so that fewer slots are held");
     case cudaErrorInvalidDevice:
     case cudaErrorInvalidValue:
       throw InvalidArgument(text);

@@ -32,7 +32,7 @@ void pin(void* host, int64_t bytes);
 void unpin(void* host);
 const void* device_pointer(const void* host);
 
-// Whether code built for `architectures` ("80;87;89;90") runs on a device of this architecture: the same major version
+// Whether code built for `architectures` ("80,87,89,90") runs on a device of this architecture: the same major version
 // and a minor one not above the device's; the newest is also built as portable code for devices newer than all.
 bool runs_on(const char* architectures, int architecture);
 

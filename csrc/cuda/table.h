@@ -30,7 +30,7 @@ struct DeviceInfo {
 struct Table {
   uint32_t version;
   uint32_t table_bytes;
-  const char* architectures;  // built for, as "80;87;89;90"
+  const char* architectures;  // built for, as "80,87,89,90"
   Status (*num_devices)(int32_t* count, Message* message);
   Status (*device_info)(int32_t device, DeviceInfo* info, Message* message);
   Status (*set_library_from_tokens)(int32_t device, int64_t tokens, Message* message);

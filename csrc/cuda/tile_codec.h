@@ -20,14 +20,6 @@ CHAINFED_HOST_DEVICE inline int source_of_position(Direction direction, int posi
   return 8 * pair + 2 * t + e;
 }
 
-CHAINFED_HOST_DEVICE inline int position_of_source(Direction direction, int source) {
-  if (direction == Direction::forward) {
-    const int within = source & 3;
-    return 8 * (source >> 2 & 3) + 2 * ((source >> 4 & 1) + 2 * (within & 1)) + (within >> 1);
-  }
-  return 8 * (source >> 1 & 3) + 2 * (source >> 3) + (source & 1);
-}
-
 // Which of the 64 columns of a warp's output the accumulator `c` (0..7) of fragment column n (0..7) belongs to.
 CHAINFED_HOST_DEVICE inline int output_of_fragment(Direction direction, int c, int n) {
   if (direction == Direction::forward) return 8 * c + n;

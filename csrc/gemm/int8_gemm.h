@@ -20,9 +20,9 @@ constexpr int64_t kInt8BlockTiles = 16;
 constexpr int64_t kMaxGroupTokens = 8;
 
 // One tile column of a panel of unpacked weights: byte [j][row][i] is the code of (row, column 4j + i); i8mm keeps
-// eight columns of a row together (int8_gemm_i8mm.cpp), which no other level reads.
+// eight columns of a row together, and AVX2's int8 takes 16 bits a code (see the levels' files).
 struct WeightTile {
-  uint8_t codes[8 * kInt8PanelRows * 4];
+  uint8_t codes[2 * 8 * kInt8PanelRows * 4];
   float scale[kInt8PanelRows], offset[kInt8PanelRows];
 };
 // One tile column of a group of G tokens: int8 codes [G][32], then f32 sx [G], then f32 s [G].

@@ -66,6 +66,6 @@ const Int8Level kInt8Avx512Vnni = {kGroup,
                                    &pack<kGroup>,
                                    {{&unpack<UnpackInt4>, &multiply},
                                     {&unpack<UnpackNf4<kNf4Codebook8>>, &multiply},
-                                    {&unpack<UnpackInt8<true>>, &multiply}}};
+                                    {&unpack<UnpackInt8>, &multiply}}};
 
 }  // namespace chainfed

@@ -142,17 +142,16 @@ struct UnpackNf4 {
   }
 };
 
-// Unsigned: code + 128 with offset -128 d, for instructions that want unsigned weights.
-template <bool Unsigned>
+// Code + 128 with offset -128 d, for instructions that want unsigned weights.
 struct UnpackInt8 {
   static constexpr BlockFormat kFormat = BlockFormat::int8;
   static void tile(const MatrixView& w, int64_t index, uint8_t* codes, float* scale, float* offset) {
     const uint8_t* source = static_cast<const uint8_t*>(w.codes) + index * kInt8TileBytes;
     const __m256 scales = load_f16(static_cast<const uint16_t*>(w.scales) + index * 8);
-    const __m256i flip = _mm256_set1_epi8(Unsigned ? -128 : 0);
+    const __m256i flip = _mm256_set1_epi8(-128);
     for (int j = 0; j < 8; ++j) store_bytes(codes + j * 64, _mm256_xor_si256(load_bytes(source + 32 * j), flip));
     _mm256_storeu_ps(scale, scales);
-    _mm256_storeu_ps(offset, _mm256_mul_ps(scales, _mm256_set1_ps(Unsigned ? -128.0f : 0.0f)));
+    _mm256_storeu_ps(offset, _mm256_mul_ps(scales, _mm256_set1_ps(-128.0f)));
   }
 };
 

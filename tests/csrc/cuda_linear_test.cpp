@@ -6,6 +6,7 @@
 #include "cuda/library_product.h"
 #include "cuda/linear.h"
 #include "cuda/prepare.h"
+#include "cuda/runtime.h"
 #include "cuda/weights.h"
 #include "matrices.h"
 
@@ -32,11 +33,11 @@ std::vector<float> product(const Device& device, const MatrixView& w, Direction 
   return {out.as<float>(), out.as<float>() + tokens * outputs};
 }
 
-TEST(positions_and_sources_are_inverse) {
+TEST(orders_name_every_place_once) {
   for (Direction direction : {Direction::forward, Direction::grad}) {
-    for (int i = 0; i < 32; ++i) {
-      CHECK(cuda::position_of_source(direction, cuda::source_of_position(direction, i)) == i);
-    }
+    bool sources[32] = {};
+    for (int i = 0; i < 32; ++i) sources[cuda::source_of_position(direction, i)] = true;
+    CHECK(std::all_of(sources, sources + 32, [](bool s) { return s; }));
     bool seen[64] = {};
     for (int c = 0; c < 8; ++c) {
       for (int n = 0; n < 8; ++n) seen[cuda::output_of_fragment(direction, c, n)] = true;
@@ -187,6 +188,15 @@ TEST(accumulate_adds_to_what_is_there) {
       for (size_t i = 0; i < sum.size(); ++i) CHECK(std::fabs(sum[i] - 1.0f - plain[i]) < 1e-4f);
     }
   }
+}
+
+TEST(code_runs_on_its_major_version_and_the_newest_on_what_is_newer) {
+  const char* all = "80,87,89,90";
+  for (int architecture : {80, 86, 87, 89, 90, 100, 120}) CHECK(cuda::runs_on(all, architecture));
+  CHECK(!cuda::runs_on(all, 75));
+  CHECK(cuda::runs_on("87", 89) && cuda::runs_on("87", 90) && !cuda::runs_on("87", 86) && !cuda::runs_on("87", 80));
+  CHECK(!cuda::runs_on("80,90", 75) && cuda::runs_on("80,90", 89) && !cuda::runs_on("90", 87) &&
+        !cuda::runs_on("", 90));
 }
 
 // The emulator would notice: copies that nobody waited for, and barriers that not all threads reach.

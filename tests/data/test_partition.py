@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chainfed_engine.data import as_table, by_column, dirichlet, iid
+from chainfed_engine.data import as_table, by_column, dirichlet, hold_out, iid
 from chainfed_engine.data.partition import Partition
 from chainfed_engine.errors import DataError
 
@@ -81,3 +81,15 @@ def test_alpha_must_be_positive(alpha: float) -> None:
 def test_no_clients_is_refused() -> None:
     with pytest.raises(DataError, match="at least one client"):
         iid(3, 0, 0)
+
+
+def test_rows_are_held_out_of_every_label_and_the_same_ones_for_a_seed() -> None:
+    labels = ["a"] * 20 + ["b"] * 9 + ["c"]
+    kept, held = hold_out(labels, 30, 0.25, seed=3)
+    assert sorted([*kept, *held]) == list(range(30))
+    assert [labels[row] for row in held].count("a") == 5 and [labels[row] for row in held].count("b") == 2
+    assert 29 in kept  # the only one of its label
+    assert np.array_equal(hold_out(labels, 30, 0.25, seed=3)[1], held)
+    assert len(hold_out(None, 10, 0.35, seed=0)[1]) == 3
+    with pytest.raises(DataError, match="no row of 3 is left for evaluation"):
+        hold_out(None, 3, 0.1, seed=0)

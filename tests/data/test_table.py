@@ -167,3 +167,9 @@ def test_select_keeps_order_and_places(tmp_path: Path) -> None:
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     assert len(read_table(write(tmp_path / "a.csv", "text\n" + "x" * 300_000 + "\n")).columns["text"][0]) == 300_000
+
+
+def test_a_file_with_another_separator_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;label\na;b\n")
+    with pytest.raises(DataError, match=r"no column 'text'; there are 'text;label'; .* as .tsv with tabs"):
+        read_table(tmp_path / "a.csv", ["text", "label"])

@@ -29,20 +29,19 @@ def module_of(path: str) -> types.ModuleType:
 
 
 def test_the_family_of_the_example_runs_as_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = module_of("chainfed_engine/model/families/smollm3.py")
+    module = module_of("chainfed_engine/model/families/ernie4_5.py")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(families._NAMES, "smollm3", names.DECODER)
+    monkeypatch.setitem(families._NAMES, "ernie4_5", names.DECODER)
     for place in (families, expected):
-        monkeypatch.setattr(place, "SUPPORTED", (*families.SUPPORTED, "smollm3"))
+        monkeypatch.setattr(place, "SUPPORTED", (*families.SUPPORTED, "ernie4_5"))
     values: dict[str, Any] = {
         **DECODER,
         "num_hidden_layers": 4,
-        "no_rope_layer_interval": 2,
         "tie_word_embeddings": True,
     }
-    config = transformers.SmolLM3Config(**values, bos_token_id=1, eos_token_id=2)
+    config = transformers.Ernie4_5Config(**values, bos_token_id=1, eos_token_id=2)
     config._attn_implementation = "sdpa"
-    reference = transformers.SmolLM3Model(config).eval()
+    reference = transformers.Ernie4_5Model(config).eval()
     randomise(reference)
     reference.save_pretrained(tmp_path / "checkpoint")
     with warnings.catch_warnings():

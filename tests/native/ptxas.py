@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,9 @@ def compile_all(nvcc: str) -> Report:
         return json.loads(kept.read_text())  # type: ignore[no-any-return]
     kept.parent.mkdir(parents=True, exist_ok=True)
     report: Report = {}
-    for source in sorted(SOURCES.glob("*.cu")):
-        report |= parse(_compile(nvcc, source, kept.parent))
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        for text in pool.map(lambda source: _compile(nvcc, source, kept.parent), sorted(SOURCES.glob("*.cu"))):
+            report |= parse(text)
     report = dict(zip(_demangled(list(report)), report.values(), strict=True))
     kept.write_text(json.dumps(report))
     return report
@@ -79,7 +81,7 @@ def _compile(nvcc: str, source: Path, folder: Path) -> str:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command = [
         nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", *codes, "-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc"),
-        '-DCHAINFED_CUDA_ARCHITECTURES="87;90"', "-c", str(source), "-o", str(folder / f"{source.stem}.o"),
+        '-DCHAINFED_CUDA_ARCHITECTURES="87,90"', "-c", str(source), "-o", str(folder / f"{source.stem}.o"),
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:

@@ -181,7 +181,7 @@ def test_a_device_that_is_not_there_is_named(emulator: None) -> None:
 def test_devices_are_described(emulator: None) -> None:
     assert native.cuda_is_built()
     assert native.num_cuda_devices() == 2
-    assert native.cuda_architectures() == "80;87;89;90"
+    assert native.cuda_architectures() == "80,87,89,90"
     discrete, board = native.cuda_device(0), native.cuda_device(1)
     assert (discrete["is_unified"], board["is_unified"]) == (False, True)
     assert board["architecture"] == 87
@@ -267,3 +267,16 @@ def test_slots_that_are_not_pinned_have_no_device_address(emulator: None, tmp_pa
     with reader.acquire(0) as lease, pytest.raises(InvalidArgument, match=r"Lease.matrix: not pinned"):
         lease.matrix("w", device=1)
     reader.close()
+
+
+def test_the_real_library_without_a_driver_says_what_to_install() -> None:
+    native.set_cuda_library(None)
+    if not native.cuda_is_built():
+        pytest.skip("the CUDA backend is not built (CHAINFED_CUDA=1)")
+    try:
+        count = native.num_cuda_devices()
+    except UnsupportedHardware as error:
+        assert "driver" in str(error)
+        return
+    if count:
+        pytest.skip("this machine has a CUDA device")

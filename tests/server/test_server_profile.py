@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from chainfed_engine import stand_in
+from chainfed_engine.client.held import HeldParameters
 from chainfed_engine.errors import NonFiniteLoss
 from chainfed_engine.server import Server
 from chainfed_engine.stand_in import depths_at_once, rows_in_all
@@ -84,6 +85,31 @@ def test_a_wide_model_gives_one_depth_and_few_rows_at_a_time() -> None:
     assert 4 * rows_in_all(4096) * (2 * 4096 + 1) <= 64 << 20
     tasks = _server(start_layer=2).next_tasks()
     assert sum(int(task.settings["max_rows"]) for task in tasks) >= rows_in_all(HIDDEN)
+
+
+def test_a_wide_model_keeps_one_map_at_a_time_and_fits_it_anew_in_the_next_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("chainfed_engine.stand_in.depths_at_once", lambda hidden_size: 1)
+    monkeypatch.setattr("chainfed_engine.stand_in._LARGE_BYTES", 1)
+    fields: dict[str, Any] = {"start_layer": 3, "window": 1, "rounds": 6, "samples": {"a": 5}}
+    server = _server(profile_clients=1, clients_per_round=1, **fields)
+    holder = HeldParameters()
+    steps: list[str] = []
+    while not server.done:
+        (task,) = server.next_tasks()
+        holder.take(task)
+        assert sum(key.startswith("stand_in.") and key.endswith("bias") for key in holder.versions) <= 1
+        if task.kind == "profile":
+            steps.append(f"fit {task.settings['depth_start']}")
+            server.receive([_answer(server, task)])
+        else:
+            assert task.stage is not None
+            steps.append(f"train {task.stage.window.stop}")
+            trained = {k: a for k, a in server.parameters().items() if k.startswith(_trained(task))}
+            server.receive([Reply("train", "a", task.round_id, 5, trained, {"loss": 1.0}, stage=task.stage)])
+        assert len([key for key in server.state()[0] if key.startswith("stand_in.") and key.endswith("bias")]) <= 1
+    assert steps == ["fit 4", "train 4", "fit 5", "train 5", "train 6"] * 2
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 5])

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from chainfed_engine import classifier_fit
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays, Reply, Window
-from tests.server.server_parts import Site, changed_keys, make_server, play, same_bits
+from tests.server.server_parts import Site, changed_keys, initial, make_server, play, same_bits, shape
 
 
 def test_the_window_moves_up_one_layer_a_round_and_wraps() -> None:
@@ -216,3 +217,11 @@ def test_evaluation_gets_the_whole_model() -> None:
     assert task.kind == "evaluate"
     assert same_bits(task.arrays, server.parameters())
     assert task.versions.keys() == task.arrays.keys()
+
+
+def test_probing_fits_a_classifier_without_a_bias_as_one() -> None:
+    arrays = {key: array for key, array in initial(4).items() if key != "classifier.out_bias"}
+    config = ChainConfig(start_layer=0, stand_in=False, probe_rounds=1, rounds=3, clients_per_round=2)
+    server = Server(config, shape(4), arrays, {"a": 5, "b": 6}, "classification")
+    play(server)
+    assert server.done and "classifier.out_bias" not in server.parameters()

@@ -1,0 +1,81 @@
+"""Peak memory and tokens a second of one training step: ours against LoRA and QLoRA, every side in its own process.
+
+    python bench/memory/compare.py [--shapes smollm2-135m ...] [--sides window lora qlora] [--repeats 3] [--folder DIR]
+
+Sides take turns, so that a busy minute hits all alike; medians of the repeats. Causal LMs: 4 x 128 tokens, every token
+labelled, later adapters trained (both branches of the loss). bert-large: classification, 16 x 128, against bottleneck
+adapters in every layer, end to end. Peaks are above the imports, weights included. Prints one JSON line a process and
+then a table with our ratio to each side. A side that cannot run here says why and is left out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+STEP = Path(__file__).parents[1] / "flow" / "lm_step.py"
+MIB = 1 << 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="peak memory and speed against LoRA and QLoRA")
+    parser.add_argument("--shapes", nargs="*", default=["smollm2-135m", "llama-3.2-1b", "bert-large"])
+    parser.add_argument("--sides", nargs="*", default=["window", "lora", "qlora", "adapters"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--slots", type=int, help="files of the store in memory at a time (default: all)")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--folder", help="where stores go and stay (default: a temporary folder)")
+    options = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="chainfed-compare-") as temporary:
+        for shape in options.shapes:
+            lines += compare(options, shape, Path(options.folder or temporary) / shape)
+    print_table(lines)
+    return 0
+
+
+def compare(options: argparse.Namespace, shape: str, store: Path) -> list[dict[str, Any]]:
+    if not (store / "store.json").exists():
+        subprocess.run([sys.executable, "-m", "chainfed_engine", "synth", "--shape", shape, str(store)], check=True)
+    encoder = shape.startswith("bert")
+    possible = ("window", "adapters") if encoder else ("window", "lora", "qlora")
+    sizes = ["--batch", "16"] if encoder else ["--batch", "4"]
+    sizes += ["--tokens", "128", "--steps", str(options.steps)]
+    lines = []
+    for _ in range(options.repeats):
+        for side in [name for name in options.sides if name in possible]:
+            more = ["--slots", str(options.slots)] if options.slots and side == "window" else []
+            command = [sys.executable, str(STEP), str(store), side, *sizes, *more]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                print(f"{shape} {side}: {(done.stderr.splitlines() or ['?'])[-1]}", file=sys.stderr)
+                continue
+            lines.append({"shape": shape, **json.loads(done.stdout.splitlines()[-1])})
+            print(json.dumps(lines[-1]), flush=True)
+    return lines
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Medians by shape and side; how many times as fast the window is, and on what part of the memory."""
+    print(f"{'shape':<14} {'side':<9} {'tokens/s':>9} {'peak MiB':>9} {'x as fast':>10} {'1/memory':>9}")
+    for shape in dict.fromkeys(line["shape"] for line in lines):
+        medians = {}
+        for side in dict.fromkeys(line["side"] for line in lines if line["shape"] == shape):
+            of_side = [line for line in lines if line["shape"] == shape and line["side"] == side]
+            medians[side] = (
+                statistics.median(line["tokens_per_second"] for line in of_side),
+                statistics.median(line["peak_above_import_bytes"] for line in of_side),
+            )
+        for side, (speed, peak) in medians.items():
+            ratios = ""
+            if side != "window" and "window" in medians:
+                ratios = f"{medians['window'][0] / speed:>10.1f} {peak / medians['window'][1]:>9.1f}"
+            print(f"{shape:<14} {side:<9} {speed:>9.0f} {peak / MIB:>9.0f} {ratios}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
