@@ -84,21 +84,13 @@ def fit(
     Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
     The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
     response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
-    leaves out rows with a blank, "error" names the first. `hold_out`: share of the rows kept for evaluation when
-    `evaluation` is None. `out` keeps the run directory; without it the result's `save` does. `callbacks` see every
-    event (chainfed_engine.callbacks), and so does the function `on_event`.
+    leaves out rows with a blank, "error" names the first. `hold_out`: share of rows to evaluate on if `evaluation` is
+    None. `out` keeps the run directory, else `Result.save` does. `callbacks` and `on_event` see every event.
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
-    names = set(table.columns)
     if label is None and response is None and messages is None:
-        found = next((name for name in ("label", "response", "messages") if name in names), None)
-        if found is None:
-            raise DataError(
-                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
-                f"{', '.join(map(repr, sorted(names - {column})))}"
-            )
-        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+        label, response, messages = _task_columns(set(table.columns) - {column})
     columns = DataConfig(
         train="(in memory)",
         text=text,
@@ -274,6 +266,19 @@ def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[st
         rows = data.iid(len(table), settings.num_clients, seed)
     parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}
     return {name: part for name, part in parts.items() if len(part)}
+
+
+def _task_columns(names: set[str]) -> tuple[str | None, str | None, str | None]:
+    """label, response and messages: the first that is a column by its own name, the others None."""
+    known = ("label", "response", "messages")
+    found = next((name for name in known if name in names), None)
+    if found is None:
+        raise DataError(
+            "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+            f"{', '.join(map(repr, sorted(names)))}"
+        )
+    label, response, messages = (name if name == found else None for name in known)
+    return label, response, messages
 
 
 def _client_table(clients: Any, column: str) -> tuple[Table, str]:
