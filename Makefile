@@ -117,7 +117,7 @@ $(FLOWER)/.installed: $(VENV)/.samples
 	@touch $@
 
 flower: build $(FLOWER)/.installed  ## Flower's real processes: TLS, strangers, SuperNode, SuperLink and server killed
-	CHAINFED_FLOWER=1 $(FLOWER)/bin/python -m pytest --timeout 900 tests/federation/test_flower_processes.py
+	CHAINFED_FLOWER=1 $(FLOWER)/bin/python -m pytest --timeout 900 --basetemp build/flower-tests tests/federation/test_flower_processes.py
 
 flower-bench: build $(FLOWER)/.installed  ## what a round over Flower costs: 4 sites, 1 MB each way
 	$(FLOWER)/bin/python -m bench.flow.flower_round --sites 4 --rounds 7

@@ -76,9 +76,9 @@ def unpack(header: bytes, payload: bytes) -> tuple[dict[str, Any], Arrays]:
 
 
 def send_frame(connection: socket.socket, header: bytes, payload: bytes) -> None:
-    connection.sendall(_FRAME.pack(_MAGIC, len(header), len(payload)))
-    connection.sendall(header)
-    connection.sendall(payload)
+    connection.sendall(_FRAME.pack(_MAGIC, len(header), len(payload)) + header)
+    if payload:  # to send nothing fails where the other side has answered and gone already
+        connection.sendall(payload)
 
 
 def receive_frame(connection: socket.socket) -> tuple[bytes, bytes]:

@@ -1,10 +1,13 @@
 """A Flower grid as the courier of a `FlowerTransport`: who is connected, push, pull. With flower_records.py and the app
 the only modules that import Flower."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from chainfed_engine.errors import CorruptFile
 from chainfed_engine.federation.flower_records import from_records, to_records
@@ -25,7 +28,11 @@ class GridCourier:
 
     def push(self, node_id: int, header: bytes, payload: bytes, *, ttl_seconds: float) -> str | None:
         message = Message(to_records(header, payload), node_id, "query", ttl=ttl_seconds)
-        (message_id,) = list(self._grid.push_messages([message])) or [None]
+        try:
+            (message_id,) = list(self._grid.push_messages([message])) or [None]
+        except (httpx.HTTPError, ObjectPushError) as error:  # the SuperLink went away: the transport tries again
+            print(f"chainfed: message not sent: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
+            return None
         return message_id or None
 
     def pull(self, message_ids: Sequence[str]) -> Iterator[Delivery]:
