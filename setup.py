@@ -3,7 +3,7 @@
 `pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
 `native/__init__.py` (in the source tree for `pip install -e .`). CHAINFED_BUILD_DIR names a build folder to share with
 `cmake --build`. Torch is not needed to build. The CUDA backend is built when nvcc is there; CHAINFED_CUDA=0 or 1 and
-CHAINFED_CUDA_ARCHITECTURES=87 in the environment choose (cmake/cuda.cmake).
+CHAINFED_CUDA_ARCHITECTURES=87 in the environment choose otherwise (cmake/cuda.cmake).
 """
 
 import os
@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 _TARGETS = ("--target", "_native", "chainfed_module")  # the second: the CUDA library, where it is built
-_CUDA_CHOICES = ("CHAINFED_CUDA", "CHAINFED_CUDA_ARCHITECTURES")
+_CUDA_CHOICES = {"CHAINFED_CUDA": "auto", "CHAINFED_CUDA_ARCHITECTURES": ""}
 
 
 class CMakeBuild(build_ext):
@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCHAINFED_MODULE_DIR={module_dir}",
             "-DCHAINFED_TESTS=OFF",
-            *(f"-D{name}={os.environ[name]}" for name in _CUDA_CHOICES if name in os.environ),
+            *(f"-D{name}={os.environ.get(name, default)}" for name, default in _CUDA_CHOICES.items()),
         ]
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(min(4, os.cpu_count() or 1)))
         subprocess.run(configure, check=True)

@@ -1,7 +1,8 @@
 # The CUDA backend: libchainfed_cuda.so beside `_native`, which opens it when the first CUDA array comes. A library of
 # its own, so that `_native` is the same with and without it. And, for the tests, the same sources compiled as C++ for
 # the emulator (csrc/cuda/emulator.h).
-#   CHAINFED_CUDA               0: never; 1: required; empty: built when nvcc is there and can compile
+#   CHAINFED_CUDA               1: required; auto: built when nvcc is there and can compile (what pip does, setup.py);
+#                               0 or empty: not built, so that work on the core never waits for nvcc
 #   CHAINFED_CUDA_ARCHITECTURES list of 80, 87, ...; 80 or above. The newest is also built as portable code (PTX), which
 #                               the driver compiles for devices newer than all of them.
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
@@ -38,13 +39,13 @@ function(find_nvcc)
   endif()
 endfunction()
 
-if("${CHAINFED_CUDA}" STREQUAL "0" OR CHAINFED_SANITIZE OR (CMAKE_CROSSCOMPILING AND NOT CHAINFED_CUDA))
+if("${CHAINFED_CUDA}" MATCHES "^0?$" OR CHAINFED_SANITIZE OR (CMAKE_CROSSCOMPILING AND "${CHAINFED_CUDA}" STREQUAL "auto"))
   set(chainfed_build_cuda OFF)
-elseif("${CHAINFED_CUDA}" STREQUAL "" OR "${CHAINFED_CUDA}" STREQUAL "1")
+elseif("${CHAINFED_CUDA}" MATCHES "^(1|auto)$")
   find_nvcc()
   if(NOT CHAINFED_CUDA_PROBLEM)
     set(chainfed_build_cuda ON)
-  elseif(CHAINFED_CUDA)
+  elseif("${CHAINFED_CUDA}" STREQUAL "1")
     message(FATAL_ERROR "CHAINFED_CUDA=1: ${CHAINFED_CUDA_PROBLEM}. Install the CUDA toolkit (on a Jetson: "
                         "apt-get install cuda-toolkit, part of JetPack), or leave out architectures that it does not "
                         "know with CHAINFED_CUDA_ARCHITECTURES, or build for the CPU alone with CHAINFED_CUDA=0")
@@ -53,7 +54,7 @@ elseif("${CHAINFED_CUDA}" STREQUAL "" OR "${CHAINFED_CUDA}" STREQUAL "1")
     message(STATUS "CUDA backend: not built (${CHAINFED_CUDA_PROBLEM})")
   endif()
 else()
-  message(FATAL_ERROR "CHAINFED_CUDA: expected 0, 1 or nothing, got ${CHAINFED_CUDA}")
+  message(FATAL_ERROR "CHAINFED_CUDA: expected 0, 1 or auto, got ${CHAINFED_CUDA}")
 endif()
 
 add_custom_target(chainfed_module)

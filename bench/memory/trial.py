@@ -56,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(options.folder or tempfile.mkdtemp(prefix="chainfed-trial-"))
     folder.mkdir(parents=True, exist_ok=True)
-    store = folder / Path(options.shape).stem
+    store = folder / f"{Path(options.shape).name}-store"
     try:
         return trial(options, folder, store)
     finally:

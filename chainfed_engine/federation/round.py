@@ -6,7 +6,7 @@ Nothing here computes: the server decides, clients train, the transport carries,
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 from chainfed_engine.federation.events import Event, exchange_event
@@ -24,15 +24,19 @@ def run_rounds(
     *,
     emit: Callable[[Event], None],
     after_exchange: Callable[[Summary], None],
+    held: Mapping[str, object],
 ) -> None:
-    """Exchange by exchange until the server is done. A kill at any point loses at most the reply it fell in."""
+    """Exchange by exchange until the server is done. A kill at any point loses at most the reply it fell in. `held`:
+    what clients, asked at the start, said they hold."""
     while not server.done:
         started, cpu_started = time.perf_counter(), time.process_time()
         tasks = server.next_tasks()
         journal = directory.journal(tasks)
         replies = Timed(chain(journal.received(), journal.keep(transport.exchange(journal.missing))))
         summary = server.receive(replies)
-        server.forget(journal.answered)  # what they hold was sent by a server that is gone
+        for client in journal.answered:  # what it holds was sent by a server that is gone; its own word counts
+            server.forget([client])
+            server.believe(client, held.get(client))
         server_seconds = time.perf_counter() - started - replies.seconds
         seconds = {"transport": replies.seconds, "server": server_seconds}
         spent = epsilon(server.config, num_clients=len(server.client_samples), rounds=server.round_id)

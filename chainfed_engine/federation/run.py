@@ -83,7 +83,9 @@ class _Run:
             self._take_up()
         for client, versions in held.items():
             self._server.believe(client, versions)
-        run_rounds(self._server, self._transport, self._directory, emit=self._emit, after_exchange=self._after)
+        run_rounds(
+            self._server, self._transport, self._directory, emit=self._emit, after_exchange=self._after, held=held
+        )
         if not self._is_evaluated():
             self._evaluate()
         figures = {name: value for name, value in self._evaluated.items() if name not in ("event", "round")}

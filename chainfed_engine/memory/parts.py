@@ -9,7 +9,7 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from chainfed_engine import least_squares, stand_in
+from chainfed_engine import classifier_fit, least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import ModelShape, TaskKind
@@ -147,16 +147,21 @@ def step_bytes(request: Request, choices: Choices) -> int:
     tokens = min(choices.micro_batch, config.batch_size) * request.tokens
     targets = min(choices.micro_batch, config.batch_size) * request.targets
     adapter = width + 2 * config.adapter_size
+    again = saved_floats(shape) + adapter + _expanded(shape) + width  # a layer that backward runs again
     if config.method in FORWARD_ONLY or not layers:
         kept, backward = live_floats(shape), 0
     elif choices.recompute:
         # Inputs of all layers; one layer is run again, and its graph stands, when its backward begins.
         kept = (layers + 1) * width
-        backward = saved_floats(shape) + adapter + _expanded(shape) + width
+        backward = again
     else:
         # The boundary needs no gradient, so the window's first layer keeps nothing.
         kept = 2 * width + (layers - 1) * saved_floats(shape) + layers * adapter
         backward = _expanded(shape) + width
+    if config.method == "chain" and config.foresight_every and layers < shape.num_layers:
+        # The inputs of the layers above the lowest window, each of which is run again in its turn.
+        kept += (shape.num_layers - layers) * width
+        backward = max(backward, again)
     head = targets * width * (2 + 5 * branches(request)) if request.task == "causal-lm" else 0
     workspace = HEAD_WORKSPACE_BYTES if request.task == "causal-lm" else 0
     forward = tokens * max(0, live_floats(shape) - 2 * width)  # of the last layer, before the head's rows exist
@@ -196,7 +201,7 @@ def solve_bytes(request: Request) -> int:
     """The server's closed form for one depth, beside the statistics of one exchange."""
     shape = request.shape
     if not _stand_in_depths(request):
-        return 0
+        return _classifier_fit_bytes(request)
     width = shape.hidden_size
     columns = 2 * width + 1
     rows = min(_profile_rows(request) * _profile_clients(request), columns)
@@ -205,7 +210,17 @@ def solve_bytes(request: Request) -> int:
     one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
     reply = F32 * min(_profile_rows(request), columns) * columns
     result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
-    return _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+    stand_ins = _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+    return max(stand_ins, _classifier_fit_bytes(request))
+
+
+def _classifier_fit_bytes(request: Request) -> int:
+    """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
+    config, width = request.config, request.shape.hidden_size
+    if config.method != "chain" or request.task != "classification" or config.probe_rounds == 0:
+        return 0
+    rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
+    return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2
 
 
 def stand_in_bytes(request: Request) -> int:

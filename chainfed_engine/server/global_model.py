@@ -57,6 +57,12 @@ class GlobalModel:
         """These and what the method keeps beside them."""
         return self._trained.select(self._trained.sorted_keys())
 
+    @property
+    def classifier_shape(self) -> tuple[int, int] | None:
+        """[C, D] of the last linear map; None without a classifier."""
+        num_labels, hidden_size = self.array(OUT_WEIGHT).shape if self._trains_classifier else (0, 0)
+        return (num_labels, hidden_size) if num_labels else None
+
     def array(self, key: str) -> np.ndarray:
         return self._trained.select([key])[key]
 
@@ -116,11 +122,6 @@ class GlobalModel:
     def everything(self) -> tuple[Arrays, dict[str, str]]:
         """Arrays and versions of all adapters and the classifier: the whole model, for evaluation."""
         return self.select(self._model_keys())
-
-    def known(self, versions: Mapping[str, str]) -> dict[str, str]:
-        """Of what somebody says to hold, the parameters of this model; a bound on what is remembered of a claim."""
-        keys = {*self._trained.sorted_keys(), *self._stand_ins.sorted_keys()}
-        return {key: version for key, version in versions.items() if key in keys and len(version) <= 64}
 
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""

@@ -30,6 +30,8 @@ from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
 
+MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
+
 
 class Server:
     """`initial`: float32 adapters (`adapters.<layer>.<name>`) of every layer the method may train, and for
@@ -168,7 +170,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
-                "closed_form": self._plan.fits_classifier(stage),
+                **self._plan.classifier_settings(stage, self._model.classifier_shape),
                 **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)
@@ -223,9 +225,9 @@ class Server:
     def believe(self, client: str, versions: object) -> None:
         """Take a client at its word about what it holds; where the word is wrong, its next task fails and it is sent
         everything. `versions`: parameter -> version; anything else counts as nothing."""
-        if client in self.client_samples and isinstance(versions, Mapping):
+        if client in self.client_samples and isinstance(versions, Mapping) and len(versions) <= MAX_CLAIMS:
             texts = {key: text for key, text in versions.items() if isinstance(key, str) and isinstance(text, str)}
-            self._holdings.confirm(client, self._model.known(texts))
+            self._holdings.confirm(client, {key: text for key, text in texts.items() if len(key) + len(text) < 256})
 
     def forget(self, clients: Iterable[str]) -> None:
         """Rely no longer on what these clients hold: they answered a server that is gone, or were started anew."""

@@ -122,7 +122,7 @@ def test_a_server_that_was_killed_goes_on_and_sends_returning_sites_only_what_th
         if record["message"] == "task" and name not in seen:
             seen.add(name)
             needed = record["task"]["versions"]
-            assert {needed[key] for key in arrays} == set(needed.values()) - held[name]
+            assert set(arrays) == {key for key, version in needed.items() if version not in held[name]}, name
     assert any(held.values())
 
 

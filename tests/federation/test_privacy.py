@@ -16,7 +16,7 @@ from tests.federation.fake_site import config, run
 from tests.server.server_parts import Site, make_server
 
 KEY = b"k" * 32
-PRIVATE: dict[str, Any] = {"start_layer": 0, "stand_in": False, "dp_noise": 1.0, "dp_clip": 0.5}
+PRIVATE: dict[str, Any] = {"start_layer": 0, "stand_in": False, "probe_rounds": 0, "dp_noise": 1.0, "dp_clip": 0.5}
 
 
 def _average(values: dict[str, list[float]], *, noise: float = 0.0, clip: float = 1.0, asked: int = 2) -> np.ndarray:

@@ -95,3 +95,12 @@ def test_less_is_predicted_for_less() -> None:
         Choices(None, 4, True, "int8", 4 * MIB),
     ):
         assert predict(wide, leaner).predicted_peak_bytes < full
+
+
+def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
+    config = ChainConfig(window=2, start_layer=0, batch_size=4, sequence_length=128)
+    request = Request(SHAPE, SIZES, config, "causal-lm", 400 * MIB)
+    foreseeing = replace(request, config=replace(config, foresight_every=1))
+    choices = make_plan(request).choices
+    more = predict(foreseeing, choices).predicted_peak_bytes - predict(request, choices).predicted_peak_bytes
+    assert more >= 30 * 4 * 128 * 4096 * 4

@@ -17,8 +17,8 @@ from arrays import aligned, normal, quantised
 from test_contract import CASES
 
 STUB = Path(native.__file__).with_name("_native.pyi")
-# Tested where the files are that it needs: tests/native/test_store.py.
-ELSEWHERE = {"StoreReader.gather_rows"}
+# Tested where the files are that they need: tests/native/test_store.py, and for leases test_cuda_border.py.
+ELSEWHERE = {"StoreReader.gather_rows", "Lease.copy_to", "Lease.matrix_in"}
 HUGE = 1 << 62
 
 

@@ -230,8 +230,13 @@ def test_a_leased_file_is_copied_and_read_on_the_device(emulator: None, tmp_path
         matrix = lease.matrix_in("w", slot)
         with pytest.raises(InvalidArgument, match="slot must be on a CUDA device"):
             lease.copy_to(aligned((1 << 16,), np.uint8), stream=0)
-        with pytest.raises(InvalidArgument, match="slot must be uint8"):
-            lease.copy_to(empty((64,), np.uint8), stream=0)
+        for wrong in (empty((64,), np.uint8), empty((1 << 16,), np.int8), empty((1 << 8, 1 << 8), np.uint8)):
+            with pytest.raises(InvalidArgument, match=r"Lease\.copy_to: slot must be uint8"):
+                lease.copy_to(wrong, stream=0)
+            with pytest.raises(InvalidArgument, match=r"Lease\.matrix_in: slot must be uint8"):
+                lease.matrix_in("w", wrong)
+        with pytest.raises(InvalidArgument, match="slot must start at a multiple of 64 bytes"):
+            lease.matrix_in("w", CudaArray(slot.values[1:]))
     np.testing.assert_array_equal(slot.values[: content.nbytes], content)
     x = on_device(normal(TOKENS, COLS, 1))
 
