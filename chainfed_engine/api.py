@@ -90,13 +90,7 @@ def fit(
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
     if label is None and response is None and messages is None:
-        found = next((name for name in ("label", "response", "messages") if name in table.columns), None)
-        if found is None:
-            raise DataError(
-                "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
-                f"{', '.join(map(repr, sorted({*table.columns} - {column})))}"
-            )
-        label, response, messages = (name if name == found else None for name in ("label", "response", "messages"))
+        label, response, messages = _task_columns(set(table.columns) - {column})
     columns = DataConfig(
         train="(in memory)",
         text=text,
@@ -272,6 +266,19 @@ def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[st
         rows = data.iid(len(table), settings.num_clients, seed)
     parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}
     return {name: part for name, part in parts.items() if len(part)}
+
+
+def _task_columns(names: set[str]) -> tuple[str | None, str | None, str | None]:
+    """label, response and messages: the first that is a column by its own name, the others None."""
+    known = ("label", "response", "messages")
+    found = next((name for name in known if name in names), None)
+    if found is None:
+        raise DataError(
+            "clients: expected a column 'label', 'response' or 'messages', or its name as an argument; there are "
+            f"{', '.join(map(repr, sorted(names)))}"
+        )
+    label, response, messages = (name if name == found else None for name in known)
+    return label, response, messages
 
 
 def _client_table(clients: Any, column: str) -> tuple[Table, str]:

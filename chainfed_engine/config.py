@@ -45,7 +45,10 @@ def _in(
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """How to train. `budget` also takes text such as "1GiB". Raises ConfigError for a wrong type or range."""
+    """How to train. `budget` also takes text such as "1GiB". Raises ConfigError for a wrong type or range.
+
+    Why the defaults of the chain are what they are: docs/RESULTS.md.
+    """
 
     pooling: Literal["auto", "mean", "first", "last"] = _in("model", "auto")
 

@@ -17,7 +17,7 @@ from chainfed_engine.cli.main import _parser
 from chainfed_engine.config import DataConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "API.md"
-_BLOCK = re.compile(r"(?<=```python\n).*?(?=```)", re.DOTALL)
+_BLOCK = re.compile(r"(?<=```text\n).*?(?=```)", re.DOTALL)
 
 
 def text() -> str:
@@ -88,7 +88,7 @@ def _commands(parser: argparse.ArgumentParser, path: str = "chainfed") -> Iterat
 def published() -> str:
     """The block in docs/API.md."""
     found = _BLOCK.search(PAGE.read_text(encoding="utf-8"))
-    assert found is not None, f"{PAGE}: no block ```python"
+    assert found is not None, f"{PAGE}: no block ```text"
     return found[0]
 
 

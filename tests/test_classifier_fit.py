@@ -73,3 +73,9 @@ def test_without_a_bias_the_classifier_goes_through_the_origin_as_plain_ridge_do
     penalty = 0.1 * np.trace(x.T @ x) / 12
     expected = np.linalg.solve(x.T @ x + penalty * np.eye(12), x.T @ (np.eye(3)[labels] - 1 / 3)).T
     np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_of_all_clients_together_stay_within_64_mib() -> None:
+    for hidden_size, num_clients in ((384, 80), (4096, 80), (4096, 10**6)):
+        rows = classifier_fit.max_rows(hidden_size, 2, num_clients)
+        assert rows == 1 or rows * num_clients * (hidden_size + 3) * 4 <= 64 << 20

@@ -122,8 +122,11 @@ class Client:
         return trained, metrics
 
     def _classifier_statistics(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
-        """One pass of the whole model over the samples a round of training would see."""
+        """One pass of the whole model over the samples a round of training would see, `max_rows` of them at most."""
         started, data = time.perf_counter(), self._training_data(task)
+        max_rows = _integer(task, "max_rows")
+        if len(data) > max_rows:
+            data = data.subset(np.arange(max_rows) * len(data) // max_rows)
         some = batches(data, _integer(task, "batch_size"), seed=None, pad_id=self._pad_id)
         statistics, loss = self._trainer.classifier_statistics(some, parameters)
         return statistics, {"loss": loss, "steps": 0.0, "train_seconds": time.perf_counter() - started}

@@ -108,7 +108,7 @@ def encode_causal(table: Table, tokenizer: Tokenizer, *, prompt: str, response: 
     pairs = list(zip(table.texts(prompt), table.texts(response), strict=True))
     encoded = tokenizer.encode_pairs(pairs, max_length)
     samples = ((ids, np.arange(len(ids)) >= num_prompt) for ids, num_prompt in encoded)
-    return _encoded_causal(table, samples, "response", max_length)
+    return _encoded_causal(table, samples, max_length)
 
 
 def encode_messages(table: Table, tokenizer: Tokenizer, *, messages: str, max_length: int) -> EncodedData:
@@ -118,14 +118,10 @@ def encode_messages(table: Table, tokenizer: Tokenizer, *, messages: str, max_le
     `encode_causal`.
     """
     conversations = table.conversations(messages)
-    return _encoded_causal(
-        table, tokenizer.encode_conversations(conversations, max_length), "assistant's turn", max_length
-    )
+    return _encoded_causal(table, tokenizer.encode_conversations(conversations, max_length), max_length)
 
 
-def _encoded_causal(
-    table: Table, samples: Iterable[tuple[Ids, npt.NDArray[np.bool_]]], what: str, max_length: int
-) -> EncodedData:
+def _encoded_causal(table: Table, samples: Iterable[tuple[Ids, npt.NDArray[np.bool_]]], max_length: int) -> EncodedData:
     """From each row's ids and which of them carry loss."""
     input_ids: list[Ids] = []
     labels: list[Ids] = []
@@ -140,7 +136,7 @@ def _encoded_causal(
         labels.append(target)
         rows.append(row)
     if not rows:
-        raise DataError(f"{table.source}: no {what} is left within {max_length} tokens; raise sequence_length")
+        raise DataError(f"{table.source}: no response is left within {max_length} tokens; raise sequence_length")
     return EncodedData(
         input_ids=input_ids,
         labels=labels,

@@ -9,7 +9,7 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from chainfed_engine import least_squares, stand_in
+from chainfed_engine import classifier_fit, least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import ModelShape, TaskKind
@@ -201,7 +201,7 @@ def solve_bytes(request: Request) -> int:
     """The server's closed form for one depth, beside the statistics of one exchange."""
     shape = request.shape
     if not _stand_in_depths(request):
-        return 0
+        return _classifier_fit_bytes(request)
     width = shape.hidden_size
     columns = 2 * width + 1
     rows = min(_profile_rows(request) * _profile_clients(request), columns)
@@ -210,7 +210,17 @@ def solve_bytes(request: Request) -> int:
     one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
     reply = F32 * min(_profile_rows(request), columns) * columns
     result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
-    return _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+    stand_ins = _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+    return max(stand_ins, _classifier_fit_bytes(request))
+
+
+def _classifier_fit_bytes(request: Request) -> int:
+    """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
+    config, width = request.config, request.shape.hidden_size
+    if config.method != "chain" or request.task != "classification" or config.probe_rounds == 0:
+        return 0
+    rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
+    return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2
 
 
 def stand_in_bytes(request: Request) -> int:

@@ -57,6 +57,12 @@ class GlobalModel:
         """These and what the method keeps beside them."""
         return self._trained.select(self._trained.sorted_keys())
 
+    @property
+    def classifier_shape(self) -> tuple[int, int] | None:
+        """[C, D] of the last linear map; None without a classifier."""
+        num_labels, hidden_size = self.array(OUT_WEIGHT).shape if self._trains_classifier else (0, 0)
+        return (num_labels, hidden_size) if num_labels else None
+
     def array(self, key: str) -> np.ndarray:
         return self._trained.select([key])[key]
 

@@ -7,11 +7,11 @@ train all layers at once (`server.methods` has what else sets these apart).
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.schedule import Schedule, num_probe_rounds
-from chainfed_engine.types import Stage, TaskKind, Window
+from chainfed_engine.types import Scalar, Stage, TaskKind, Window
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Plan:
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
+
+    def classifier_settings(self, stage: Stage, shape: tuple[int, int] | None) -> dict[str, Scalar]:
+        """Settings of a training task that say whether, and on how many rows, the classifier [C, D] is fitted."""
+        if shape is None or not self.fits_classifier(stage):
+            return {"closed_form": False}
+        num_clients = self.config.clients_per_round * self._schedule(0).probe_rounds
+        return {"closed_form": True, "max_rows": classifier_fit.max_rows(shape[1], shape[0], num_clients)}
 
     def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
         """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from

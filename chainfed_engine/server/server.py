@@ -170,7 +170,7 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
-                "closed_form": self._plan.fits_classifier(stage),
+                **self._plan.classifier_settings(stage, self._model.classifier_shape),
                 **self._method.settings(name),
             }
             arrays = self._lacking(name, needed, versions)

@@ -74,6 +74,10 @@ class RecordingTrainer:
             "max_rows": np.array(max_rows),
         }
 
+    def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
+        self.batches = list(batches)
+        return {"classifier.factor": np.ones((1, 1), np.float32)}, 0.5
+
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> Mapping[str, float]:
         return {"accuracy": 0.5, "num_samples": float(sum(len(batch.sample_ids) for batch in batches))}
 
@@ -247,3 +251,13 @@ def test_a_task_for_someone_else_or_of_no_kind_is_an_error_reply() -> None:
     assert client.handle(dataclasses.replace(_task(), client="b")).error is not None
     assert client.handle(_task("dance")).error is not None
     assert client.handle(_task(stage=None)).error is not None
+
+
+def test_statistics_of_the_classifier_take_no_more_rows_than_asked_for() -> None:
+    trainer = RecordingTrainer()
+    client = _client(trainer)
+    for max_rows in (1, 3, 10**6):
+        reply = client.handle(_task(settings={"closed_form": True, "max_rows": max_rows}))
+        assert reply.error is None and reply.metrics["loss"] == 0.5 and reply.arrays.keys() == {"classifier.factor"}
+        seen = [name for batch in trainer.batches for name in batch.sample_ids]
+        assert len(seen) == len(set(seen)) == min(max_rows, client.num_samples)

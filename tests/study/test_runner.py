@@ -73,7 +73,7 @@ def test_a_run_that_was_killed_starts_anew_and_others_are_kept(folder: Path, sto
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     rows = folder / "out" / "rows"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (rows.is_dir() and any(rows.glob("*.json"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(child.pid, signal.SIGKILL)
