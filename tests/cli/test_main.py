@@ -36,8 +36,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         on_event({"event": "memory", "peak_rss_bytes": 100 << 20})
         on_event({"event": "eval", "accuracy": 0.75})
 
-    def evaluate(run_dir: Path, data: Path) -> dict[str, Any]:
-        calls.append(("evaluate", run_dir, data))
+    def evaluate(run_dir: Path, data: Path, *, device: str | None) -> dict[str, Any]:
+        calls.append(("evaluate", run_dir, data, device))
         return {"accuracy": 0.5, "num_samples": 8}
 
     fake = SimpleNamespace(plan=plan, run=run, evaluate=evaluate, calls=calls)
@@ -79,7 +79,10 @@ def test_an_error_of_the_engine_is_one_line_and_exit_code_2(
 ) -> None:
     assert main(["plan", "store", "--budget", "1024"]) == 2
     shown = capsys.readouterr()
-    assert shown.err == "chainfed: error: budget 1.0 KiB: the smallest that would do is 5 B\n"
+    assert shown.err == (
+        "chainfed: error: budget 1.0 KiB: the smallest that would do is 5 B; raise the budget, or lower window, "
+        "batch_size or sequence_length\n"
+    )
     assert shown.out == ""
 
 
@@ -132,7 +135,7 @@ def test_a_bad_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_eval_prints_scores_or_json(api: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "run", "--data", "test.csv"]) == 0
-    assert api.calls == [("evaluate", Path("run"), Path("test.csv"))]
+    assert api.calls == [("evaluate", Path("run"), Path("test.csv"), None)]
     assert capsys.readouterr().out == "accuracy 0.5000  num_samples 8\n"
     assert main(["eval", "run", "--data", "test.csv", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5, "num_samples": 8}
