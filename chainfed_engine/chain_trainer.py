@@ -30,7 +30,7 @@ from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule, num_probe_rounds
+from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
@@ -208,7 +208,7 @@ class ChainTrainer:
             stage,
             {**self._arrays, **stand_ins},
             cache_dir=self._cache_dir,
-            lr=self.config.lr,
+            lr=learning_rate(self.config.lr, self.config.lr_decay, self.round_id, self.config.rounds),
             settings={"start_layer": origin},
         )
         self._stage_begun = True

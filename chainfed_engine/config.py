@@ -74,6 +74,7 @@ class ChainConfig:
     method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
     device: str = _in("train", "cpu")  # "cpu", "cuda" or "cuda:1"
     lr: float = _in("train", 1e-3, above=True, high=10)
+    lr_decay: Literal["none", "cosine"] = _in("train", "none")  # from `lr` in the first round down to the last
     weight_decay: float = _in("train", 0.01, high=10)
     batch_size: int = _in("train", 16, low=1, high=65536)
     sequence_length: int = _in("train", 128, low=2, high=2**20)
@@ -117,6 +118,8 @@ class ChainConfig:
             raise ConfigError(f'[train] device: expected "cpu", "cuda" or "cuda:1", got {self.device!r}')
         if self.method in LORA_METHODS:
             object.__setattr__(self, "adapter", "lora")
+        if self.lr_decay != "none" and self.method == "fwdllm":
+            raise ConfigError('[train] lr_decay: expected "none" with fwdllm, whose server steps at lr; leave it out')
         if self.client_budgets is not None:
             parse_sizes("[federation] client_budgets", self.client_budgets)
         if self.min_rank is not None and self.min_rank > self.adapter_size:

@@ -7,6 +7,7 @@ model's features. Source: ChainFed, section on Dynamic Layer Co-Tuning (window o
 stride one).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,13 @@ def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind, aggregatio
     if task != "classification" or aggregation != "mean" or rounds < 3:
         return 0
     return min(MOST_PROBE_ROUNDS, max(1, rounds // 5))
+
+
+def learning_rate(lr: float, decay: Literal["none", "cosine"], round_id: int, rounds: int) -> float:
+    """The rate of one round. Few steps on skewed clients push the model to and fro by as much as the rate; decay lets
+    that die down before the last round. Cosine: lr (1 + cos(pi round / rounds)) / 2, never zero (Loshchilov and Hutter
+    2017, arXiv 1608.03983, without restarts)."""
+    return lr if decay == "none" else lr * (1 + math.cos(math.pi * round_id / rounds)) / 2
 
 
 @dataclass(frozen=True)

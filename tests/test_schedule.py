@@ -3,7 +3,7 @@
 import pytest
 
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule
+from chainfed_engine.schedule import Schedule, learning_rate
 
 
 def starts(schedule: Schedule) -> list[int]:
@@ -40,3 +40,10 @@ def test_probe_rounds_come_first_and_train_no_layer() -> None:
 def test_windows_that_do_not_fit_are_refused(window: int, start: int, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Schedule("continuous", num_layers=4, window=window, start_layer=start, rounds=1)
+
+
+def test_the_learning_rate_falls_by_a_cosine_from_its_value_to_almost_nothing() -> None:
+    rates = [learning_rate(0.5, "cosine", round_id, 8) for round_id in range(8)]
+    assert rates[0] == 0.5 and rates[4] == pytest.approx(0.25)
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.02
+    assert [learning_rate(0.5, "none", round_id, 8) for round_id in range(8)] == [0.5] * 8

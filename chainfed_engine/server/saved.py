@@ -150,7 +150,14 @@ def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int 
     """Rounds may be added where the rounds that were run stay those of the longer schedule: a continuous chain ends at
     the top, so it goes on by whole sweeps; train-and-freeze shares all rounds out."""
     config, rounds = run["config"], run["rounds"]
-    if rounds == saved_rounds or config["method"] != "chain":
+    if rounds == saved_rounds:
+        return
+    if config["lr_decay"] != "none":
+        raise ConfigError(
+            f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now; lr_decay spreads over all "
+            "rounds: put it back or start a new run"
+        )
+    if config["method"] != "chain":
         return
     rest = (run["task"], config["aggregation"])
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"

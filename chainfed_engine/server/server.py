@@ -14,6 +14,7 @@ import numpy as np
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.schedule import learning_rate
 from chainfed_engine.server import saved
 from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.combine import Combiner
@@ -164,7 +165,7 @@ class Server:
             stage = self._method.stage(self._stage(), self._round_id, name)
             needed, versions = self._method.needed(stage, self._known_start_layer())
             settings: dict[str, Scalar] = {
-                "lr": config.lr,
+                "lr": learning_rate(config.lr, config.lr_decay, self._round_id, self.rounds),
                 "batch_size": config.batch_size,
                 "local_epochs": config.local_epochs,
                 "max_local_steps": config.max_local_steps,

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -225,3 +226,13 @@ def test_probing_fits_a_classifier_without_a_bias_as_one() -> None:
     server = Server(config, shape(4), arrays, {"a": 5, "b": 6}, "classification")
     play(server)
     assert server.done and "classifier.out_bias" not in server.parameters()
+
+
+def test_clients_are_told_the_rate_of_their_round() -> None:
+    server = make_server(rounds=4, lr=0.5, lr_decay="cosine", start_layer=0)
+    rates = []
+    while not server.done:
+        rates.append(server.next_tasks()[0].settings.get("lr"))
+        play(server, rounds=1)
+    told = [rate for rate in rates if rate is not None]
+    assert told == [pytest.approx(0.5 * (1 + math.cos(math.pi * index / 4)) / 2) for index in range(4)]

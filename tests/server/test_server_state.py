@@ -147,3 +147,10 @@ def test_saving_changes_nothing_and_shares_no_later_change() -> None:
     server.receive([site.answer(task) for task in server.next_tasks()])
     assert same_bits(arrays, before)
     assert record["progress"]["round_id"] == 0
+
+
+def test_a_run_whose_rate_decays_over_its_rounds_cannot_get_more_of_them() -> None:
+    first = make_server(rounds=6, lr_decay="cosine")
+    play(first, rounds=3)
+    with pytest.raises(ConfigError, match="rounds was 6 in the saved run and is 8 now; lr_decay"):
+        make_server(rounds=8, lr_decay="cosine").restore(*_saved(first))
