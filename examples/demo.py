@@ -23,6 +23,7 @@ METHODS = {
     "chain": "chain (window of 2 layers)",
     "full-adapters": "full adapters, end to end",
 }
+PROBE_LR = 0.05  # the classifier alone learns at ten times the adapters' rate
 EVALUATION_MOVIES = 100
 
 
@@ -100,6 +101,7 @@ def main() -> None:
             f"data.eval={options.out / 'eval.csv'}",
             f"train.method={method}",
             f"train.seed={options.seed}",
+            *([f"train.lr={PROBE_LR}"] if method == "linear-probe" else []),
             *options.overrides,
         ]
         extra = [argument for setting in settings for argument in ("--set", setting)]
