@@ -19,6 +19,16 @@ _PATHS = {("model", "store"), ("data", "train"), ("data", "eval")}
 _CLASSES: tuple[type[ChainConfig] | type[DataConfig], ...] = (ChainConfig, DataConfig)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError that names the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read CONFIG.toml; `overrides` are `table.key=value` texts that replace or add keys.
 
@@ -26,12 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     naming file, table, key and, for an unknown key, the nearest known one.
     """
     path = Path(path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    document = read_toml(path)
     try:
         values = _flatten(document, path.parent.absolute())
     except ConfigError as error:

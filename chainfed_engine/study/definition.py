@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from chainfed_engine.config import Method, RunConfig, nearest_word
-from chainfed_engine.config_file import build_config, dump_config
+from chainfed_engine.config_file import build_config, dump_config, read_toml
 from chainfed_engine.errors import ConfigError
 
 NATURAL = "client"  # the partition of data with a client column
@@ -76,12 +76,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read STUDY.toml; `overrides`: `a.b.c=value` texts that replace or add keys, paths in them relative to the working
     directory. Raises ConfigError that names the file, or the override."""
     path = Path(path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    document = read_toml(path)
     for override in overrides:
         _override(document, override)
     try:

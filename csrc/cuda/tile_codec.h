@@ -140,7 +140,7 @@ CHAINFED_DEVICE void grad_fragment(const unsigned char* tile, ScalePair s, int l
   }
 }
 
-// The NF4 value as f16 bits, rounded from quant/nf4_table.cpp (a test compares them).
+// The NF4 value as f16 bits, rounded from quant/nf4_table.h (a test compares them).
 CHAINFED_HOST_DEVICE inline uint16_t nf4_half(int code) {
   static constexpr uint16_t kHalves[16] = {0xBC00, 0xB992, 0xB833, 0xB652, 0xB48D, 0xB1EA, 0xADD4, 0x0000,
                                            0x2D18, 0x3126, 0x33E0, 0x3568, 0x370D, 0x3880, 0x39C9, 0x3C00};
