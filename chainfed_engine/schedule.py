@@ -77,7 +77,3 @@ class Schedule:
             sweep, position = 0, min(step // share, self.num_positions - 1)
         start = self.start_layer + position
         return Stage("window", Window(start, start + self.window), sweep)
-
-    def is_top(self, stage: Stage) -> bool:
-        """Whether the stage sees the model's own end: then the loss is the end-to-end loss alone."""
-        return stage.window.stop == self.num_layers

@@ -17,7 +17,6 @@ from chainfed_engine.errors import InconsistentUpdates
 from chainfed_engine.types import Arrays, classifier_key, stand_in_key
 
 Matrix = np.ndarray[Any, Any]
-LOGIT_NAMES = ("logit_weight", "logit_bias")  # of a stand-in that holds the classifier
 ENCODERS = ("bert", "roberta", "distilbert")  # no norm between the last layer and the head
 BATCHES = 16  # of all clients together; a map of D x D numbers wants as many rows as it can get
 _GROUP_BYTES = 32 << 20  # float32 statistics of one exchange

@@ -42,7 +42,6 @@ class Progress:
         self._task: Any = None
         self._task_name = ""
         self._clock = _Clock()
-        self._of_clients = ""
 
     def __enter__(self) -> "Progress":
         return self

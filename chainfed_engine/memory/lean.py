@@ -1,14 +1,10 @@
-"""Keep freed memory from staying with the process: the C allocator's settings, and a call that returns what is free.
+"""Keep freed memory from staying with the process: the C allocator's settings.
 
-`keep_heap_lean` belongs at the very start of a program, before torch is imported; `trim` after a stage. Both act on
-the whole process, so a library must not call `keep_heap_lean` for its user.
+`keep_heap_lean` belongs at the very start of a program, before torch is imported. It acts on the whole process, so a
+library must not call it for its user. What still stays, `native.trim_heap` returns when a stage is over.
 """
 
 import ctypes
-import gc
-
-from chainfed_engine import native
-from chainfed_engine.memory.meter import rss_bytes
 
 # mallopt parameters (glibc's malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -33,11 +29,3 @@ def keep_heap_lean() -> bool:
         _M_TRIM_THRESHOLD: _TRIM_THRESHOLD_BYTES,
     }
     return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
-
-
-def trim() -> int:
-    """Collect garbage and give free heap pages back to the system; bytes by which the resident set shrank."""
-    before = rss_bytes()
-    gc.collect()
-    native.trim_heap()
-    return max(0, before - rss_bytes())
