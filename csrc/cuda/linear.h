@@ -47,6 +47,9 @@ void fused_linear(const Device& device, Stream stream, const FusedCall& call);
 int64_t fused_partial_floats(const Device& device, Direction direction, int64_t num_tokens, int64_t num_rows,
                              int64_t num_cols);
 
+// Rows [row_begin, row_end) of w, whole tiles, as bf16, `stride` (a multiple of 8) apart.
+void decode_rows(Stream stream, const MatrixView& w, int64_t row_begin, int64_t row_end, int64_t stride, uint16_t* out);
+
 bool is_tiled(BlockFormat format);
 int64_t tiles_in_row(BlockFormat format, int64_t num_cols);
 inline int64_t round_up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
