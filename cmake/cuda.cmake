@@ -96,7 +96,7 @@ if(CHAINFED_TESTS)
   add_library(chainfed_cuda_emulator STATIC ${emulated_sources})
   target_include_directories(chainfed_cuda_emulator PUBLIC csrc/include csrc)
   target_include_directories(chainfed_cuda_emulator BEFORE PRIVATE tests/csrc/fake_cuda)
-  target_compile_definitions(chainfed_cuda_emulator PRIVATE CHAINFED_CUDA_ARCHITECTURES="80,87,89,90"
+  target_compile_definitions(chainfed_cuda_emulator PRIVATE CHAINFED_CUDA_ARCHITECTURES=fake_cuda_architectures\(\)
                              CHAINFED_CUBLASLT="$<TARGET_FILE:chainfed_fake_cublaslt>")
   target_compile_options(chainfed_cuda_emulator PRIVATE -ffp-contract=off)
   target_link_libraries(chainfed_cuda_emulator PUBLIC chainfed_options ${CMAKE_DL_LIBS})

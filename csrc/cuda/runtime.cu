@@ -87,6 +87,10 @@ int64_t default_library_from_tokens(int architecture) {
 
 std::unique_ptr<Device> open_device(int index) {
   const int architecture = architecture_of(index);
+  if (architecture < 80) {
+    throw UnsupportedHardware("cuda:" + std::to_string(index) + " is of architecture sm_" +
+                              std::to_string(architecture) + "; the kernels need sm_80 (Ampere) or newer");
+  }
   if (!runs_on(built_architectures(), architecture)) {
     throw UnsupportedHardware("cuda:" + std::to_string(index) + " is of architecture sm_" +
                               std::to_string(architecture) + ", this build has code for " + built_architectures() +

@@ -45,6 +45,9 @@ struct cudaDeviceProp {
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
+// What the emulated build says it has code for.
+const char* fake_cuda_architectures();
+
 const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaGetLastError();
 cudaError_t cudaDriverGetVersion(int* version);

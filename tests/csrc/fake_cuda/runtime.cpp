@@ -2,7 +2,7 @@
 // shares the CPU's. Device memory is host memory, a stream is any number but 666 (one of another context), a copy is
 // done at once. CHAINFED_FAKE_CUDA in the environment changes it, read at every call, as "name=number;...":
 //   devices, driver (12020 for 12.2), architecture (of cuda:0), and any function of the runtime, for the status that it
-//   then returns: cudaHostRegister=2.
+//   then returns: cudaHostRegister=2. CHAINFED_FAKE_CUDA_BUILT="90": the architectures of the build.
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -66,6 +66,11 @@ std::map<const char*, Range>& pinned() {
 int device_count() { return setting("devices", 2); }
 
 }  // namespace
+
+const char* fake_cuda_architectures() {
+  const char* built = std::getenv("CHAINFED_FAKE_CUDA_BUILT");
+  return built == nullptr ? "80,87,89,90" : built;
+}
 
 const char* cudaGetErrorString(cudaError_t status) {
   switch (status) {
