@@ -20,8 +20,8 @@ list(SORT chainfed_architectures COMPARE NATURAL)
 
 # Sets CHAINFED_NVCC when there is a compiler that turns an empty kernel into code for the wanted architectures.
 function(find_nvcc)
-  find_program(CHAINFED_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin
-               PATHS /usr/local/cuda/bin)
+  get_filename_component(named "$ENV{CUDACXX}" DIRECTORY)
+  find_program(CHAINFED_NVCC nvcc HINTS "${named}" $ENV{CUDA_HOME}/bin $ENV{CUDA_PATH}/bin PATHS /usr/local/cuda/bin)
   if(NOT CHAINFED_NVCC)
     set(CHAINFED_CUDA_PROBLEM "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda" PARENT_SCOPE)
     return()

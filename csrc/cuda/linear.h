@@ -18,8 +18,7 @@ namespace chainfed::cuda {
 struct Device {
   int index = 0;
   int num_processors = 1;
-  // From this many tokens on the library product is used; INT64_MAX where cuBLASLt is missing. Set by measurement
-  // (bench/cuda); runtime.cu holds the defaults.
+  // From this many tokens on the library product is used; INT64_MAX where cuBLASLt is missing. Defaults: crossover.h.
   int64_t library_from_tokens = INT64_MAX;
   void* library = nullptr;  // of library_product.h
 };

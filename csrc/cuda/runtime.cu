@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/crossover.h"
 #include "cuda/library_product.h"
 
 namespace chainfed::cuda {
@@ -72,17 +73,13 @@ int architecture_of(int device) {
          attribute(device, cudaDevAttrComputeCapabilityMinor);
 }
 
-// Where decoding once and the library's product overtake the fused one. Per weight the detour costs 4.5 bytes of memory
-// traffic, the fused kernel (mma.sync) the difference in tensor throughput: with published figures for H100 and A100
-// about 700 and 1100 tokens. An estimate until bench/cuda has run on such a device; boards with narrow memory never.
 int64_t default_library_from_tokens(int architecture) {
   if (const char* text = std::getenv("CHAINFED_CUDA_LIBRARY_FROM")) {
     const long long tokens = std::atoll(text);
     if (tokens < 1) throw InvalidArgument("CHAINFED_CUDA_LIBRARY_FROM must be a number of tokens, at least 1");
     return tokens;
   }
-  if (architecture >= 90) return 768;
-  return architecture == 80 ? 1024 : INT64_MAX;
+  return crossover_of(architecture);
 }
 
 std::unique_ptr<Device> open_device(int index) {

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "cuda/boundary.h"
+#include "cuda/crossover.h"
 #include "cuda/fused.h"
 #include "cuda/library_product.h"
 #include "cuda/linear.h"
@@ -240,6 +241,11 @@ TEST(code_runs_on_its_major_version_and_the_newest_on_what_is_newer) {
   CHECK(cuda::runs_on("87", 89) && cuda::runs_on("87", 90) && !cuda::runs_on("87", 86) && !cuda::runs_on("87", 80));
   CHECK(!cuda::runs_on("80,90", 75) && cuda::runs_on("80,90", 89) && !cuda::runs_on("90", 87) &&
         !cuda::runs_on("", 90));
+}
+
+TEST(the_crossover_of_an_architecture_is_that_of_the_row_below_it) {
+  CHECK(cuda::crossover_of(80) == 768 && cuda::crossover_of(90) == 512 && cuda::crossover_of(120) == 512);
+  for (int architecture : {75, 86, 87, 89}) CHECK(cuda::crossover_of(architecture) == cuda::kNever);
 }
 
 // The emulator would notice: copies that nobody waited for, and barriers that not all threads reach.

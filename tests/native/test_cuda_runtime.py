@@ -43,7 +43,7 @@ def in_a_new_process(code: str, **environment: str) -> str:
         "    except Exception as error:\n        return f'{type(error).__name__}: {error}'\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", head + code], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", head + code], capture_output=True, text=True, timeout=280,
         env={**os.environ, "PYTHONPATH": str(Path(native.__file__).parents[2]), **environment},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -211,7 +211,7 @@ def test_no_algorithm_for_a_product_is_told_and_asked_for_again(fake: pytest.Mon
 def test_a_cublaslt_that_cannot_start_is_as_if_it_were_missing() -> None:
     code = "print(native.cuda_device(0)['has_library'], native.cuda_device(0)['library_from_tokens'])"
     assert in_a_new_process(code, CHAINFED_FAKE_CUDA="cublasLtCreate=1") == "False None"
-    assert in_a_new_process(code) == "True 768"
+    assert in_a_new_process(code) == "True 512"
 
 
 def test_the_crossover_can_be_set_from_outside() -> None:
