@@ -104,6 +104,10 @@ class ChainConfig:
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    # what a client's number of samples may weigh, in medians of all clients'; 0: no limit
+    weight_limit: float = _in("federation", 10.0, high=1e9)
+    # what clients send up: the trained values, or what changed in eight bits (0.27 of the bytes)
+    update_format: Literal["f32", "int8"] = _in("federation", "f32")
     # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
     dp_noise: float = _in("federation", 0.0, high=1e6)
     dp_clip: float = _in("federation", 1.0, above=True, high=1e9)

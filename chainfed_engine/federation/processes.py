@@ -27,10 +27,10 @@ QUIET = {
 }
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's programs: its own folder, no calls to the internet, our interpreter's programs first."""
-    programs = str(Path(sys.executable).parent)
-    path = os.pathsep.join([programs, os.environ.get("PATH", "")])
+def flower_environment(home: Path, *programs: Path) -> dict[str, str]:
+    """Environment of Flower's programs: its own folder, no calls to the internet; on PATH the folders `programs` come
+    first, then our interpreter's."""
+    path = os.pathsep.join([*map(str, programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 

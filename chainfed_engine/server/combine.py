@@ -28,6 +28,11 @@ class Combiner:
                 f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
                 f'{config.method} do not send; use "mean" or "multi-krum"'
             )
+        if config.update_format != "f32" and not method.averages_values:
+            raise ConfigError(
+                f"[federation] update_format: {config.update_format} says how far parameters moved, and clients of "
+                f'{config.method} do not send parameters; use "f32"'
+            )
         if config.dp_noise:
             self._check_private(plan)
 

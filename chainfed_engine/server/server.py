@@ -15,7 +15,7 @@ from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.schedule import learning_rate
-from chainfed_engine.server import saved
+from chainfed_engine.server import quarantine, saved
 from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
@@ -30,6 +30,7 @@ from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
+from chainfed_engine.update_format import decode
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
 
@@ -74,6 +75,7 @@ class Server:
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
+        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
@@ -171,9 +173,12 @@ class Server:
                 "max_local_steps": config.max_local_steps,
                 "seed": self._seed(ROUND_STREAM, self._round_id, name),
                 "start_layer": self._known_start_layer(),
+                "update_format": config.update_format,
                 **self._plan.classifier_settings(stage, self._model.classifier_shape),
                 **self._method.settings(name),
             }
+            if "max_rows" in settings and self._max_weight is not None:
+                settings["max_rows"] = min(int(settings["max_rows"]), self._max_weight)
             arrays = self._lacking(name, needed, versions)
             own = self._model.for_client(stage, self.client_windows.get(name))
             tasks.append(Task("train", name, self._round_id, own, arrays, settings, versions, self.base))
@@ -244,6 +249,8 @@ class Server:
                 depths=depths,
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
+                max_weight=self._max_weight,
+                norm_limit=self.config.norm_limit,
             )
         closed_form = self._plan.fits_classifier(self._stage())
         method = self._method
@@ -253,12 +260,14 @@ class Server:
             before=None if closed_form else method.before,
             samples=self.client_samples,
             last_size=self._typical_size,
+            max_weight=self._max_weight,
+            decode=decode if self.config.update_format == "int8" and not closed_form else None,
         )
 
     def _finish_profile(
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
-        collector.finish()
+        rejected = dict(sorted((rejected | collector.finish()).items()))
         attempt, accepted = self._profile_attempts, bool(collector.counted)
         if accepted:
             if self._start_layer is None:
@@ -294,6 +303,11 @@ class Server:
             aggregation=config.aggregation,
             hostile_share=config.hostile_share,
         )
+        if self._plan.fits_classifier(stage):
+            statistics = {client: reply.arrays for client, reply in collector.usable.items()}
+            out_of_line = self._model.refuse_sizes(statistics, limit=config.norm_limit)
+            collector.drop(out_of_line)
+            rejected |= out_of_line
         if collector.usable and self._plan.fits_classifier(stage):
             self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
         elif collector.usable:
