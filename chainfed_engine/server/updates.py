@@ -4,7 +4,7 @@ The same reply twice counts once: networks repeat. A client that sends two diffe
 them came first must not matter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from chainfed_engine.server import quarantine
 from chainfed_engine.server.aggregate import krum_outsiders
 from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_envelope
+from chainfed_engine.server.lateness import discounted
 from chainfed_engine.types import Arrays, Reply, Task
 
 LOSS = "loss"
@@ -20,7 +21,8 @@ LOSS = "loss"
 class UpdateCollector:
     """`refuse`: why the arrays of a reply do not answer its task, or None. `before`: what an update is measured from
     (None: these replies are no updates, their size says nothing). `last_size`: what was typical of the last cohort that
-    could tell. `max_weight`: what a client's samples weigh at most, whatever it says. `decode`: makes float32 arrays of those of a reply, or a reason."""
+    could tell. `max_weight`: what a client's samples weigh at most, whatever it says. `decode`: makes float32
+    arrays of those of a reply, or a reason."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class UpdateCollector:
         self._sizes: dict[str, quarantine.Size] = {}
         self.typical_size = last_size
         self.usable: dict[str, Reply] = {}
+        self.late: dict[str, int] = {}  # client -> rounds late, of those that count
 
     def add(self, reply: Reply) -> str | None:
         """Take one reply of a client that was asked; the reason if it is refused."""
@@ -48,6 +51,11 @@ class UpdateCollector:
         if reply.client in self._seen:
             return self._add_again(reply)
         self._seen.add(reply.client)
+        if self.late.pop(reply.client, None) is not None:
+            self.drop([reply.client])
+        return self._take(reply, task)
+
+    def _take(self, reply: Reply, task: Task) -> str | None:
         reason = refuse_envelope(reply, task, max_samples=self._samples[reply.client])
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
@@ -61,6 +69,26 @@ class UpdateCollector:
                 norm = quarantine.update_norm(reply.arrays, self._before(task))
                 self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
             self.usable[reply.client] = reply
+        return reason
+
+    @property
+    def asked(self) -> Iterable[str]:
+        return self._tasks
+
+    @property
+    def heard(self) -> set[str]:
+        """Clients that were asked and answered, whatever it was."""
+        return self._seen
+
+    def add_late(self, reply: Reply, task: Task, rounds_late: int) -> str | None:
+        """Take a reply to an earlier round, as if `task` had been asked; the reason if it is refused. What its client
+        says in this round replaces it."""
+        if reply.client in self._seen or reply.client in self.late:
+            return None
+        reason = self._take(reply, task)
+        if reason is None:
+            self.usable[reply.client] = discounted(self.usable[reply.client], rounds_late)
+            self.late[reply.client] = rounds_late
         return reason
 
     def finish(self, *, norm_limit: float, aggregation: str, hostile_share: float) -> dict[str, str]:
@@ -95,10 +123,11 @@ class UpdateCollector:
                     sums[metric] = sums.get(metric, 0.0) + float(value)
         return sums
 
-    def drop(self, refused: Mapping[str, str]) -> None:
+    def drop(self, refused: Iterable[str]) -> None:
         """These do not count after all."""
         for client in refused:
             self.usable.pop(client, None)
+            self.late.pop(client, None)
 
     def _weighed(self, reply: Reply) -> Reply:
         """It weighs what it says, up to the limit."""
