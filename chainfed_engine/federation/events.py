@@ -52,6 +52,7 @@ def exchange_event(
         "rejected": dict(summary.rejected),
         "silent": list(summary.silent),
         "late": summary.num_late,
+        "stale": dict(summary.stale),
         "bytes_sent": summary.bytes_down + summary.bytes_up,
         "bytes_down": summary.bytes_down,
         "bytes_up": summary.bytes_up,

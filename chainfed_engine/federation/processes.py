@@ -23,14 +23,14 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds; a message waits half of it on average
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; a message waits half of it on average
 }
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's programs: its own folder, no calls to the internet, our interpreter's programs first."""
-    programs = str(Path(sys.executable).parent)
-    path = os.pathsep.join([programs, os.environ.get("PATH", "")])
+def flower_environment(home: Path, *programs: Path) -> dict[str, str]:
+    """Environment of Flower's programs: its own folder, no calls to the internet; on PATH the folders `programs` come
+    first, then our interpreter's."""
+    path = os.pathsep.join([*map(str, programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
