@@ -17,6 +17,10 @@ from chainfed_engine.federation.transport_flower import Delivery, Node
 # connection that was cut ("SSL", it thinks, is a wrong certificate) and for objects of a push that nobody remembers.
 _AWAY = (httpx.HTTPError, ObjectPushError)
 
+# Flower's codes: the message or its answer is gone, the SuperNode is, or its process was killed. A site answers the
+# same task with the same bits, so it may be asked again.
+_LOST = (3, 4, 5, 8)
+
 
 class GridCourier:
     """Names are those under which the SuperLink's operator registered the keys. While the SuperLink is away nobody is
@@ -60,7 +64,8 @@ def _delivery(message: Message) -> Delivery:
     asked = str(message.metadata.reply_to_message_id)
     if message.has_error():
         reason = " ".join(str(message.error.reason).split())[:300]
-        return Delivery(asked, b"", b"", f"Flower error {message.error.code}: {reason}")
+        lost = message.error.code in _LOST
+        return Delivery(asked, b"", b"", f"Flower error {message.error.code}: {reason}", lost)
     try:
         header, payload = from_records(message.content)
     except CorruptFile as error:

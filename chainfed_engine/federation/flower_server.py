@@ -19,7 +19,7 @@ from chainfed_engine.errors import ChainfedError, ConfigError, StorageError
 from chainfed_engine.federation import flower_commands
 from chainfed_engine.federation.deployment import OUTCOME_FILE, check_deployable
 from chainfed_engine.federation.files import make_folder, write_text
-from chainfed_engine.federation.processes import Child, flower_environment, flower_program, run_once
+from chainfed_engine.federation.processes import Child, flower_environment, flower_program, lives, run_once
 from chainfed_engine.federation.run_directory import check_free
 
 APP = Path(__file__).parent / "flower_app"
@@ -100,7 +100,7 @@ class FlowerServer:
                 return
             if outcome["status"] == "failed":
                 raise ChainfedError(outcome["error"])
-            if outcome["status"] == "running" and not _lives(outcome["pid"]):
+            if outcome["status"] == "running" and not lives(outcome["pid"]):
                 restarts += 1
                 if restarts > MAX_RESTARTS:
                     raise ChainfedError(f"the run's process died {restarts} times; see {self._folder}/superexec.log")
@@ -140,6 +140,7 @@ class FlowerServer:
             "sites": ",".join(options.sites),
             "resume": resume,
             "meet-seconds": options.meet_seconds,
+            "owner-pid": os.getpid(),
         }
         given = [text for name, value in settings.items() for text in ("-c", f"{name}={json.dumps(value)}")]
         request = json.dumps({"register": dict(keys), "run": [str(APP), "run", *given]})
@@ -173,13 +174,3 @@ class _Lines:
         whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
