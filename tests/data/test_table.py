@@ -107,8 +107,11 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
 
 def test_a_missing_column_names_those_there(tmp_path: Path) -> None:
     for path in (write(tmp_path / "a.csv", CSV), write(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n')):
-        with pytest.raises(DataError, match=r"no column 'texts'; there are 'text', 'label'"):
+        with pytest.raises(DataError, match=rf"{path.name}: no column 'texts'; there are 'text', 'label'"):
             read_table(path, ["texts", "label"])
+    uneven = write(tmp_path / "b.jsonl", '{"text": "x"}\n{"label": 1}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: no column 'text'; there are 'label'"):
+        read_table(uneven, ["text"])
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "none.csv")
 
