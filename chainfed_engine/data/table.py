@@ -205,6 +205,6 @@ def _described(value: Any) -> str:
 def _no_column(where: str, name: str, there: Iterable[str]) -> DataError:
     there = list(there)
     hint = "name the right one in [data] (text, label, prompt, response, messages, client)"
-    if len(there) == 1 and any(mark in there[0] for mark in ";|\t"):
-        hint = "the file seems to separate its columns by another character: save it with commas, or as .tsv with tabs"
+    if files.looks_otherwise_separated(there):
+        hint = files.OTHER_SEPARATOR
     return DataError(f"{where}: no column {name!r}; there are {', '.join(map(repr, there))}; {hint}")

@@ -75,7 +75,9 @@ def memory_parts(runs: Sequence[RunLog]) -> Chart | None:
     shown = [(name, {part: value / _MIB for part, value in values.items()}) for name, values in rows]
     picture = _bars(shown, [*parts, "measured peak"], "MiB", lambda value: f"{value:.0f} MiB", marks)
     lead = "What the planner counted, part by part, beside the largest resident set that the kernel saw."
-    return Chart("Memory by part", lead, picture, _legend(parts, predicted, lambda value: format_size(int(value))), filled=True)
+    return Chart(
+        "Memory by part", lead, picture, _legend(parts, predicted, lambda value: format_size(int(value))), filled=True
+    )
 
 
 def memory_rounds(runs: Sequence[RunLog]) -> Chart | None:
