@@ -17,6 +17,7 @@ from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.schedule import learning_rate
 from chainfed_engine.server import saved
 from chainfed_engine.server.checks import is_late, one_line
+from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
@@ -62,7 +63,8 @@ class Server:
         self.base = base
         if any(layers < 1 for layers in self.client_windows.values()):
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
-        self._plan = Plan(config, shape.num_layers, task)
+        self._closed_form = ClosedForm(config, self.client_samples)
+        self._plan = Plan(config, shape.num_layers, task, self._closed_form.rounds_to_see_all)
         method = method_class(config.method)
         self._model = GlobalModel(
             {**initial, **method.extra_state(config, initial)},
@@ -70,7 +72,7 @@ class Server:
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
-            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
+            train_classifier=self._plan.train_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
@@ -160,24 +162,33 @@ class Server:
         return tasks
 
     def _train_tasks(self) -> list[Task]:
-        config, tasks = self.config, []
-        for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
+        if self._plan.fits_classifier(self._stage()):
+            named = self._closed_form.settings(self._plan, self._round_id, self._model.classifier_shape)
+        else:
+            cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
+            named = {name: self._training_settings(name) for name in cohort}
+        tasks = []
+        for name, settings in named.items():
             stage = self._method.stage(self._stage(), self._round_id, name)
             needed, versions = self._method.needed(stage, self._known_start_layer())
-            settings: dict[str, Scalar] = {
-                "lr": learning_rate(config.lr, config.lr_decay, self._round_id, self.rounds),
-                "batch_size": config.batch_size,
-                "local_epochs": config.local_epochs,
-                "max_local_steps": config.max_local_steps,
-                "seed": self._seed(ROUND_STREAM, self._round_id, name),
-                "start_layer": self._known_start_layer(),
-                **self._plan.classifier_settings(stage, self._model.classifier_shape),
-                **self._method.settings(name),
-            }
             arrays = self._lacking(name, needed, versions)
             own = self._model.for_client(stage, self.client_windows.get(name))
             tasks.append(Task("train", name, self._round_id, own, arrays, settings, versions, self.base))
         return tasks
+
+    def _training_settings(self, client: str) -> dict[str, Scalar]:
+        config = self.config
+        return {
+            "closed_form": False,
+            "lr": learning_rate(config.lr, config.lr_decay, self._round_id, self.rounds),
+            "batch_size": config.batch_size,
+            "local_epochs": config.local_epochs,
+            "max_local_steps": config.max_local_steps,
+            "seed": self._seed(ROUND_STREAM, self._round_id, client),
+            "start_layer": self._known_start_layer(),
+            "trains_classifier": self._model.trains_classifier(self._stage()),
+            **self._method.settings(client),
+        }
 
     def _lacking(self, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
         return {key: needed[key] for key in self._holdings.lacking(client, versions)}
