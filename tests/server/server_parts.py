@@ -74,6 +74,8 @@ class Site:
             )
         arrays = {}
         for key in trained_keys(task):
+            if key.startswith("classifier.") and not task.settings["trains_classifier"]:
+                continue
             arrays[key] = held[key] + generator.normal(size=held[key].shape).astype(np.float32)
         return Reply(
             "train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0}, stage=task.stage
