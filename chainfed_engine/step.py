@@ -120,7 +120,8 @@ class StageTrainer:
         self.objective = self._objective(arrays)
         self.above = self._layers_above(window)
         self._step_index = 0
-        self._trains_classifier = not StandIn.holds_classifier(arrays, window.stop)
+        wanted = bool((settings or {}).get("trains_classifier", True))
+        self._trains_classifier = wanted and not StandIn.holds_classifier(arrays, window.stop)
         trained = self.parameters.train_only(window, classifier=self._trains_classifier)
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
 
@@ -161,8 +162,7 @@ class StageTrainer:
         return self.model.embed(batch) if self._supply is None else self._supply.get(batch)
 
     def trained(self) -> Arrays:
-        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier unless it came
-        as a part of the stand-in."""
+        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier if it is trained."""
         return self.parameters.export(self.stage.window, classifier=self._trains_classifier)
 
     def end(self) -> None:

@@ -24,7 +24,7 @@ from chainfed_engine.federation import files
 from chainfed_engine.federation.codec import pack, unpack
 from chainfed_engine.federation.inputs import complete, encode, plan_run
 from chainfed_engine.federation.messages import reply_record, task_from
-from chainfed_engine.federation.session import open_trainer
+from chainfed_engine.federation.session import open_trainer, running_out
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
@@ -110,7 +110,10 @@ class Site:
     def _do(self, record: object, arrays: Arrays) -> tuple[bytes, bytes]:
         if self._setup is None:
             raise InvalidArgument("this site was not told how to train; the server has to send a setup first")
-        reply = self._ready().handle(task_from(record, arrays))
+        client = self._ready()
+        assert self._plan is not None
+        with running_out(self._config.chain, self._plan):
+            reply = client.handle(task_from(record, arrays))
         return pack({"message": "reply", "reply": reply_record(reply)}, reply.arrays)
 
     def _load_setup(self) -> None:

@@ -217,7 +217,8 @@ def solve_bytes(request: Request) -> int:
 def _classifier_fit_bytes(request: Request) -> int:
     """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
     config, width = request.config, request.shape.hidden_size
-    if config.method != "chain" or request.task != "classification" or config.probe_rounds == 0:
+    fits = config.probe_rounds != 0 or bool(config.refit_rounds)
+    if config.method != "chain" or request.task != "classification" or not fits:
         return 0
     rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
     return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2

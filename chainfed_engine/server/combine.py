@@ -68,7 +68,7 @@ class Combiner:
                 '[federation] dp_noise: expected late_replies = "drop"; a client may count in rounds that drew it alone'
             )
         start = plan.fixed_start_layer()
-        profiles = start is None or bool(plan.stand_in_depths(start)) or plan.probe_rounds > 0
+        profiles = start is None or bool(plan.stand_in_depths(start)) or plan.probe_rounds + plan.refit_rounds > 0
         if profiles or not self._method.averages_values or self._config.aggregation != "mean":
             raise ConfigError(
                 "[federation] dp_noise: expected a fixed start_layer, stand_in = false, probe_rounds = 0 (statistics "

@@ -5,6 +5,7 @@ In: float32 arrays under their keys. Out: arrays and their versions, by stage; t
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -21,8 +22,8 @@ OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
 
 
 class GlobalModel:
-    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `fixes_classifier`:
-    whether below the top it is not trained but sent as a part of the stand-in.
+    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `train_classifier`:
+    by which windows; unless "always", below the top it is sent as a part of the stand-in.
 
     Raises InvalidArgument when a layer of `trained_layers` has no adapter, or classification no classifier.
     """
@@ -35,7 +36,7 @@ class GlobalModel:
         num_layers: int,
         trained_layers: range,
         uses_later_adapters: bool,
-        fixes_classifier: bool = False,
+        train_classifier: Literal["never", "at-top", "always"] = "always",
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
@@ -43,7 +44,7 @@ class GlobalModel:
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
-        self._fixes_classifier = fixes_classifier
+        self._train_classifier = train_classifier
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
                 raise InvalidArgument(f"initial: expected an adapter for layer {layer}, got none")
@@ -77,9 +78,14 @@ class GlobalModel:
 
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
-        trains_classifier = self._trains_classifier and self._fixed_classifier(stage) is None
-        classifier = self._trained.classifier_keys() if trains_classifier else []
+        classifier = self._trained.classifier_keys() if self.trains_classifier(stage) else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
+
+    def trains_classifier(self, stage: Stage) -> bool:
+        """Whether steps of this stage train the classifier."""
+        if not self._trains_classifier or self._train_classifier == "never":
+            return False
+        return self._fixed_classifier(stage) is None
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
         """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
@@ -115,7 +121,7 @@ class GlobalModel:
     def _fixed_classifier(self, stage: Stage) -> Parameters | None:
         """Stand-in and classifier as one map, where this stage needs no more of either."""
         depth = stage.window.stop
-        if not self._fixes_classifier or stage.kind != "window" or depth not in self.stand_in_depths():
+        if self._train_classifier == "always" or stage.kind != "window" or depth not in self.stand_in_depths():
             return None
         solved = self._stand_ins.select(self._stand_ins.sorted_keys())
         return Parameters(stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(OUT_BIAS)))

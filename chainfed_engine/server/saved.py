@@ -14,7 +14,7 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile
-from chainfed_engine.schedule import num_probe_rounds
+from chainfed_engine.schedule import num_probe_rounds, num_refit_rounds
 from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
@@ -173,9 +173,11 @@ def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int 
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
     if config["schedule"] != "continuous":
         raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
-    chosen = config["probe_rounds"]
-    if num_probe_rounds(chosen, rounds, *rest) != num_probe_rounds(chosen, saved_rounds, *rest):
+    before, now = (num_probe_rounds(config["probe_rounds"], count, *rest) for count in (saved_rounds, rounds))
+    if before != now:
         raise ConfigError(f"{change}; that changes how many of them probe: fix probe_rounds or start a new run")
+    if num_refit_rounds(config["refit_rounds"], now, rounds):
+        raise ConfigError(f"{change}; a run ends with its refit_rounds: put it back or start a new run")
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
     if start_layer is not None and (rounds - saved_rounds) % sweep:
         raise ConfigError(f"{change}; this chain goes on by whole sweeps of {sweep} rounds, to {saved_rounds + sweep}")

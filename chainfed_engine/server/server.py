@@ -16,6 +16,7 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.server import quarantine, saved
 from chainfed_engine.server.checks import is_late, one_line
+from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
@@ -30,7 +31,7 @@ from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
-from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
+from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
 from chainfed_engine.update_format import decode
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
@@ -64,7 +65,10 @@ class Server:
         self.base = base
         if any(layers < 1 for layers in self.client_windows.values()):
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
-        self._plan = Plan(config, shape.num_layers, task)
+        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
+        weights = {name: min(count, self._max_weight or count) for name, count in self.client_samples.items()}
+        self._closed_form = ClosedForm(config, weights)
+        self._plan = Plan(config, shape.num_layers, task, self._closed_form.rounds_to_see_all)
         method = method_class(config.method)
         self._model = GlobalModel(
             {**initial, **method.extra_state(config, initial)},
@@ -72,11 +76,10 @@ class Server:
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
-            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
+            train_classifier=self._plan.train_classifier(shape.architecture, initial),
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
-        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
         self._tasks = TaskMaker(
             config,
             self._plan,
@@ -84,7 +87,6 @@ class Server:
             self._method,
             hidden_size=shape.hidden_size,
             client_windows=self.client_windows,
-            max_weight=self._max_weight,
             base=base,
         )
         self._holdings = Holdings()
@@ -135,27 +137,13 @@ class Server:
         if self.done:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
         self._setbacks.check("profile attempts" if self._profile_pending else "rounds")
-        if self._profile_pending:
-            tasks = self._profile_tasks()
-        else:
-            cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
-            tasks = [self._train_task(name) for name in cohort]
+        tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
         self._pending = {task.client: task for task in tasks}
         return tasks
 
     def evaluation_task(self, client: str) -> Task:
         """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
-        arrays, versions = self._model.everything()
-        return Task(
-            "evaluate",
-            client,
-            self._round_id,
-            None,
-            arrays,
-            {"batch_size": self.config.batch_size},
-            versions,
-            self.base,
-        )
+        return self._tasks.evaluation(client, self._round_id)
 
     def _profile_tasks(self) -> list[Task]:
         attempt, depths = self._profile_attempts, self._missing_depths()
@@ -163,8 +151,16 @@ class Server:
         with_scores = self._start_layer is None
         return self._tasks.profile(cohort, attempt, depths, self._holdings, with_scores=with_scores)
 
-    def _train_task(self, name: str) -> Task:
-        return self._tasks.train(name, self._stage(), self._round_id, self._known_start_layer(), self._holdings)
+    def _train_tasks(self) -> list[Task]:
+        if self._plan.fits_classifier(self._stage()):
+            named = self._closed_form.settings(self._plan, self._round_id, self._model.classifier_shape)
+            return [self._train_task(name, settings) for name, settings in named.items()]
+        cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
+        return [self._train_task(name) for name in cohort]
+
+    def _train_task(self, name: str, closed_form: dict[str, Scalar] | None = None) -> Task:
+        stage, start_layer = self._stage(), self._known_start_layer()
+        return self._tasks.train(name, stage, self._round_id, start_layer, self._holdings, closed_form=closed_form)
 
     # -- replies -------------------------------------------------------------------------------------------------
 
@@ -213,11 +209,13 @@ class Server:
     def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:
         """Count a reply to an earlier round where that is wanted and it still fits; the reason if it is refused."""
         wanted = self.config.late_replies == "discount" and isinstance(collector, UpdateCollector)
-        if not wanted or not isinstance(reply.client, str) or not self._awaited.owes(reply):
+        if not wanted or self._plan.fits_classifier(self._stage()):
+            return None
+        if not isinstance(reply.client, str) or not self._awaited.owes(reply):
             return None
         assert isinstance(collector, UpdateCollector)
         task = late_task(self._train_task(reply.client), reply.round_id)
-        if task.settings["closed_form"] or reply.stage != task.stage:
+        if reply.stage != task.stage:
             return None
         return collector.add_late(reply, task, self._round_id - reply.round_id)
 

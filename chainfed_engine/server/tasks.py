@@ -17,8 +17,8 @@ from chainfed_engine.types import Arrays, Scalar, Stage, Task
 
 
 class TaskMaker:
-    """`client_windows`: layers a client can train at once, where that is a limit. `max_weight`: samples a client may
-    weigh. `base`: fingerprint of the frozen model."""
+    """`client_windows`: layers a client can train at once, where that is a limit. `base`: fingerprint of the frozen
+    model."""
 
     def __init__(
         self,
@@ -29,12 +29,11 @@ class TaskMaker:
         *,
         hidden_size: int,
         client_windows: Mapping[str, int],
-        max_weight: int | None,
         base: str,
     ) -> None:
         self._config, self._plan, self._model, self._method = config, plan, model, method
         self._hidden_size, self._base = hidden_size, base
-        self._client_windows, self._max_weight = client_windows, max_weight
+        self._client_windows = client_windows
 
     def profile(
         self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
@@ -55,10 +54,33 @@ class TaskMaker:
             tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self._base))
         return tasks
 
-    def train(self, name: str, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> Task:
-        config, stage = self._config, self._method.stage(stage, round_id, name)
+    def evaluation(self, client: str, round_id: int) -> Task:
+        arrays, versions = self._model.everything()
+        settings: dict[str, Scalar] = {"batch_size": self._config.batch_size}
+        return Task("evaluate", client, round_id, None, arrays, settings, versions, self._base)
+
+    def train(
+        self,
+        name: str,
+        stage: Stage,
+        round_id: int,
+        start_layer: int,
+        holdings: Holdings,
+        *,
+        closed_form: dict[str, Scalar] | None,
+    ) -> Task:
+        """`closed_form`: settings of a task that gives rows to the classifier instead of training."""
+        settings = self._training_settings(name, stage, round_id, start_layer) if closed_form is None else closed_form
+        stage = self._method.stage(stage, round_id, name)
         needed, versions = self._method.needed(stage, start_layer)
-        settings: dict[str, Scalar] = {
+        arrays = _lacking(holdings, name, needed, versions)
+        own = self._model.for_client(stage, self._client_windows.get(name))
+        return Task("train", name, round_id, own, arrays, settings, versions, self._base)
+
+    def _training_settings(self, name: str, stage: Stage, round_id: int, start_layer: int) -> dict[str, Scalar]:
+        config = self._config
+        return {
+            "closed_form": False,
             "lr": learning_rate(config.lr, config.lr_decay, round_id, self._plan.rounds),
             "batch_size": config.batch_size,
             "local_epochs": config.local_epochs,
@@ -66,14 +88,9 @@ class TaskMaker:
             "seed": client_seed(config.seed, ROUND_STREAM, round_id, name),
             "start_layer": start_layer,
             "update_format": config.update_format,
-            **self._plan.classifier_settings(stage, self._model.classifier_shape),
+            "trains_classifier": self._model.trains_classifier(stage),
             **self._method.settings(name),
         }
-        if "max_rows" in settings and self._max_weight is not None:
-            settings["max_rows"] = min(int(settings["max_rows"]), self._max_weight)
-        arrays = _lacking(holdings, name, needed, versions)
-        own = self._model.for_client(stage, self._client_windows.get(name))
-        return Task("train", name, round_id, own, arrays, settings, versions, self._base)
 
 
 def _lacking(holdings: Holdings, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:

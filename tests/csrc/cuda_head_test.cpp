@@ -99,6 +99,24 @@ TEST(loss_and_gradient_match_float64) {
   }
 }
 
+TEST(more_tokens_than_a_chunk_holds_are_the_same_tokens) {
+  const int64_t tokens = 2050, D = 9, rows = 20;
+  const auto matrix = random_matrix(BlockFormat::int4, rows, D);
+  const std::vector<float> hidden = normal(tokens * D, 1), weight = normal(tokens, 2);
+  std::vector<int64_t> targets(tokens);
+  for (int64_t t = 0; t < tokens; ++t) targets[t] = t % rows;
+  const Oracle expected = oracle(matrix->view, hidden, targets, weight);
+  Device plain, with_library;
+  with_library.library = cuda::open_library();
+  with_library.library_from_tokens = 1;
+  for (const Device* device : {&plain, &with_library}) {
+    const Loss got = losses(*device, Precision::fast, matrix->view, hidden, targets, &weight, rows);
+    const double budget = device == &plain ? 3e-3 : 2e-2;
+    CHECK(relative_error(got.loss.data(), expected.loss) < budget);
+    CHECK(relative_error(got.grad.data(), expected.grad) < budget);
+  }
+}
+
 TEST(a_token_that_is_not_finite_is_nan_alone) {
   const int64_t tokens = 5, D = 40, rows = 90;
   const auto matrix = random_matrix(BlockFormat::int4, rows, D);
