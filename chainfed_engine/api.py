@@ -135,8 +135,8 @@ def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None =
     """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget, on `device` or
     where the run was."""
     run_dir = Path(run_dir)
+    arrays, _ = read_adapters(run_dir)  # first: its error says what is no run directory
     config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
-    arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)

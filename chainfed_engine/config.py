@@ -139,10 +139,8 @@ class ChainConfig:
             others = (self.probe_rounds or 0) if name == "refit_rounds" else 0
             chosen: int | None = getattr(self, name)
             if chosen is not None and chosen > self.rounds - others:
-                raise ConfigError(
-                    f"[chain] {name}: expected at most [chain] rounds ({self.rounds}){' - probe_rounds' * bool(others)}, "
-                    f"got {chosen}"
-                )
+                most = f"[chain] rounds ({self.rounds}){' - probe_rounds' if others else ''}"
+                raise ConfigError(f"[chain] {name}: expected at most {most}, got {chosen}")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class StageTrainer:
         return self.model.embed(batch) if self._supply is None else self._supply.get(batch)
 
     def trained(self) -> Arrays:
-        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier if it is trained."""
+        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier if that is."""
         return self.parameters.export(self.stage.window, classifier=self._trains_classifier)
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
 """Who gives which rows to the classifier's closed form: many clients a round, few rows each, no row twice.
 
-Skew is what harms: the rows of five clients of few labels fit a classifier that does not know the others. So a round asks
-up to `MOST_CLIENTS` clients, dealt in turn, each for a share of its rows in proportion to its samples; all of them
+Skew is what harms: the rows of five clients of few labels fit a classifier that does not know the others. So a round
+asks up to `MOST_CLIENTS` clients, dealt in turn, each for a share of its rows in proportion to its samples; all of them
 together are as many as a round of training would visit. In: configuration, samples by client; pure functions of these.
 """
 
@@ -19,6 +19,8 @@ MOST_CLIENTS = 64  # asked in one round
 
 
 class ClosedForm:
+    """`samples`: by client, no more than it may weigh."""
+
     def __init__(self, config: ChainConfig, samples: Mapping[str, int]) -> None:
         self._config, self._samples = config, dict(samples)
         limit = config.max_local_steps * config.batch_size or max(samples.values())

@@ -31,7 +31,7 @@ from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
-from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
+from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
 from chainfed_engine.update_format import decode
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
@@ -67,8 +67,8 @@ class Server:
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
         self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
         weights = {name: min(count, self._max_weight or count) for name, count in self.client_samples.items()}
-        self._closed_form = ClosedForm(config, weights)
-        self._plan = Plan(config, shape.num_layers, task, self._closed_form.rounds_to_see_all)
+        closed_form = ClosedForm(config, weights)
+        self._plan = Plan(config, shape.num_layers, task, closed_form.rounds_to_see_all)
         method = method_class(config.method)
         self._model = GlobalModel(
             {**initial, **method.extra_state(config, initial)},
@@ -87,6 +87,7 @@ class Server:
             self._method,
             hidden_size=shape.hidden_size,
             client_windows=self.client_windows,
+            closed_form=closed_form,
             base=base,
         )
         self._holdings = Holdings()
@@ -152,15 +153,14 @@ class Server:
         return self._tasks.profile(cohort, attempt, depths, self._holdings, with_scores=with_scores)
 
     def _train_tasks(self) -> list[Task]:
-        if self._plan.fits_classifier(self._stage()):
-            named = self._closed_form.settings(self._plan, self._round_id, self._model.classifier_shape)
-            return [self._train_task(name, settings) for name, settings in named.items()]
+        stage, start_layer = self._stage(), self._known_start_layer()
+        if self._plan.fits_classifier(stage):
+            return self._tasks.closed_form(stage, self._round_id, start_layer, self._holdings)
         cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
         return [self._train_task(name) for name in cohort]
 
-    def _train_task(self, name: str, closed_form: dict[str, Scalar] | None = None) -> Task:
-        stage, start_layer = self._stage(), self._known_start_layer()
-        return self._tasks.train(name, stage, self._round_id, start_layer, self._holdings, closed_form=closed_form)
+    def _train_task(self, name: str) -> Task:
+        return self._tasks.train(name, self._stage(), self._round_id, self._known_start_layer(), self._holdings)
 
     # -- replies -------------------------------------------------------------------------------------------------
 
@@ -214,6 +214,8 @@ class Server:
         if not isinstance(reply.client, str) or not self._awaited.owes(reply):
             return None
         assert isinstance(collector, UpdateCollector)
+        if self._plan.fits_classifier(self._stage()):
+            return None
         task = late_task(self._train_task(reply.client), reply.round_id)
         if reply.stage != task.stage:
             return None

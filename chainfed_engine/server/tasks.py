@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.schedule import learning_rate
+from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.methods import Averaging
@@ -29,11 +30,12 @@ class TaskMaker:
         *,
         hidden_size: int,
         client_windows: Mapping[str, int],
+        closed_form: ClosedForm,
         base: str,
     ) -> None:
         self._config, self._plan, self._model, self._method = config, plan, model, method
         self._hidden_size, self._base = hidden_size, base
-        self._client_windows = client_windows
+        self._client_windows, self._closed_form = client_windows, closed_form
 
     def profile(
         self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
@@ -59,27 +61,9 @@ class TaskMaker:
         settings: dict[str, Scalar] = {"batch_size": self._config.batch_size}
         return Task("evaluate", client, round_id, None, arrays, settings, versions, self._base)
 
-    def train(
-        self,
-        name: str,
-        stage: Stage,
-        round_id: int,
-        start_layer: int,
-        holdings: Holdings,
-        *,
-        closed_form: dict[str, Scalar] | None,
-    ) -> Task:
-        """`closed_form`: settings of a task that gives rows to the classifier instead of training."""
-        settings = self._training_settings(name, stage, round_id, start_layer) if closed_form is None else closed_form
-        stage = self._method.stage(stage, round_id, name)
-        needed, versions = self._method.needed(stage, start_layer)
-        arrays = _lacking(holdings, name, needed, versions)
-        own = self._model.for_client(stage, self._client_windows.get(name))
-        return Task("train", name, round_id, own, arrays, settings, versions, self._base)
-
-    def _training_settings(self, name: str, stage: Stage, round_id: int, start_layer: int) -> dict[str, Scalar]:
+    def train(self, name: str, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> Task:
         config = self._config
-        return {
+        settings: dict[str, Scalar] = {
             "closed_form": False,
             "lr": learning_rate(config.lr, config.lr_decay, round_id, self._plan.rounds),
             "batch_size": config.batch_size,
@@ -91,6 +75,27 @@ class TaskMaker:
             "trains_classifier": self._model.trains_classifier(stage),
             **self._method.settings(name),
         }
+        return self._task(name, stage, round_id, start_layer, holdings, settings)
+
+    def closed_form(self, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> list[Task]:
+        """One for each client that gives rows to the classifier's closed form in this round."""
+        named = self._closed_form.settings(self._plan, round_id, self._model.classifier_shape)
+        return [self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()]
+
+    def _task(
+        self,
+        name: str,
+        stage: Stage,
+        round_id: int,
+        start_layer: int,
+        holdings: Holdings,
+        settings: Mapping[str, Scalar],
+    ) -> Task:
+        stage = self._method.stage(stage, round_id, name)
+        needed, versions = self._method.needed(stage, start_layer)
+        arrays = _lacking(holdings, name, needed, versions)
+        own = self._model.for_client(stage, self._client_windows.get(name))
+        return Task("train", name, round_id, own, arrays, settings, versions, self._base)
 
 
 def _lacking(holdings: Holdings, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
