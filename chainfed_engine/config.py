@@ -89,6 +89,7 @@ class ChainConfig:
     # bytes; None: no limit
     budget: int | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
     cache_format: Literal["auto", "int8", "bf16", "f32"] = _in("memory", "auto")
+    encrypt_cache: bool = _in("memory", False)  # under a key that this process alone has; gone with it
 
     # of the methods that `chain` is compared with
     random_layers: int | None = _in("baseline", None, low=1, high=1024, none="auto")  # FedRA: a client; None: half
@@ -108,6 +109,12 @@ class ChainConfig:
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    # what a client's number of samples may weigh, in medians of all clients'; 0: no limit
+    weight_limit: float = _in("federation", 10.0, high=1e9)
+    # replies to rounds that are over: dropped, or counted in a later one of the same window at 1 / (1 + rounds late)
+    late_replies: Literal["drop", "discount"] = _in("federation", "drop")
+    # what clients send up: the trained values, or what changed in eight bits (0.27 of the bytes)
+    update_format: Literal["f32", "int8"] = _in("federation", "f32")
     # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
     dp_noise: float = _in("federation", 0.0, high=1e6)
     dp_clip: float = _in("federation", 1.0, above=True, high=1e9)
@@ -132,10 +139,8 @@ class ChainConfig:
             others = (self.probe_rounds or 0) if name == "refit_rounds" else 0
             chosen: int | None = getattr(self, name)
             if chosen is not None and chosen > self.rounds - others:
-                raise ConfigError(
-                    f"[chain] {name}: expected at most [chain] rounds ({self.rounds}){' - probe_rounds' * bool(others)}, "
-                    f"got {chosen}"
-                )
+                most = f"[chain] rounds ({self.rounds}){' - probe_rounds' if others else ''}"
+                raise ConfigError(f"[chain] {name}: expected at most {most}, got {chosen}")
 
 
 @dataclass(frozen=True)

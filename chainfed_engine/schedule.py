@@ -3,8 +3,8 @@
 *continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
 refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the
 rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds for the classifier alone, on the untrained
-model's features, and followed by `refit_rounds` rounds for it alone on the trained ones. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters,
-stride one).
+model's features, and followed by `refit_rounds` rounds for it alone on the trained ones. Source: ChainFed, section on
+Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
 """
 
 import math

@@ -18,6 +18,7 @@ from chainfed_engine.client.trainer import Trainer
 from chainfed_engine.data import EncodedData, batches, order_by_length
 from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
 from chainfed_engine.types import Arrays, Batch, Reply, Task
+from chainfed_engine.update_format import encode
 
 
 class Client:
@@ -110,6 +111,8 @@ class Client:
             loss, num_steps = self._run_steps(task, data)
             # Copies, because the trainer's own buffers serve the next client.
             trained = {key: np.array(value, copy=True) for key, value in trainer.trained().items()}
+            if task.settings.get("update_format") == "int8":
+                trained = encode(trained, parameters, seed=_integer(task, "seed"))
         finally:
             trainer.end()
         metrics = {

@@ -4,6 +4,7 @@ store -> plan (refuses before anything is allocated) -> frozen model -> trainer 
 however many clients; a client is its encoded data and a cache folder.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -167,6 +168,8 @@ class Session:
     def close(self) -> None:
         self.trainer.end()
         self.store.close()
+        if self.config.encrypt_cache:  # nobody can read it any more
+            shutil.rmtree(self._cache, ignore_errors=True)
 
     def __enter__(self) -> "Session":
         return self

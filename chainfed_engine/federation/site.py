@@ -8,6 +8,7 @@ that a site that was restarted goes on where it was. Data, labels beyond their n
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
-OWN_FIELDS = frozenset({"budget", "client_budgets", "device"})
+OWN_FIELDS = frozenset({"budget", "client_budgets", "device", "encrypt_cache"})
 _MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
 
 
@@ -77,8 +78,10 @@ class Site:
             return pack({"message": "error", "site": self.name, "error": line[:2000]}, {})
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model. An encrypted cache goes too: nobody can read it any more."""
         self._client = None
+        if self._config.chain.encrypt_cache:
+            shutil.rmtree(self._out / "cache", ignore_errors=True)
 
     def _hello(self) -> dict[str, Any]:
         label = self._config.data.label

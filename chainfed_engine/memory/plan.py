@@ -235,6 +235,10 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
 
 def _weights(request: Request, choices: Choices) -> dict[str, int]:
     sizes = request.sizes
+    if choices.num_slots is None and request.device is not None and request.device.is_unified:
+        # Pinned slots keep their size, that of the largest file.
+        slots = (sizes.num_layers + sizes.num_head_shards) * sizes.slot_bytes
+        return {"layer slots": slots, "embedding": sizes.embedding_bytes}
     if choices.num_slots is None:
         return {"layers": sizes.layer_bytes, "head": sizes.head_bytes, "embedding": sizes.embedding_bytes}
     return {"layer slots": choices.num_slots * sizes.slot_bytes}

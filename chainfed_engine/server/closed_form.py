@@ -1,7 +1,7 @@
 """Who gives which rows to the classifier's closed form: many clients a round, few rows each, no row twice.
 
-Skew is what harms: the rows of five clients of few labels fit a classifier that does not know the others. So a round asks
-up to `MOST_CLIENTS` clients, dealt in turn, each for a share of its rows in proportion to its samples; all of them
+Skew is what harms: the rows of five clients of few labels fit a classifier that does not know the others. So a round
+asks up to `MOST_CLIENTS` clients, dealt in turn, each for a share of its rows in proportion to its samples; all of them
 together are as many as a round of training would visit. In: configuration, samples by client; pure functions of these.
 """
 
@@ -31,13 +31,17 @@ class ClosedForm:
         """Rounds until every sample was seen once."""
         return math.ceil(sum(self._samples.values()) / self._visits)
 
-    def settings(self, plan: Plan, round_id: int, shape: tuple[int, int] | None) -> dict[str, dict[str, Scalar]]:
+    def settings(
+        self, plan: Plan, round_id: int, shape: tuple[int, int] | None, *, max_weight: int | None
+    ) -> dict[str, dict[str, Scalar]]:
         """What every client asked in this round, by name, is told: to give `num_rows` of its samples from `first_row`
         on, in an order drawn with `seed`, which is another before the windows and after them. `shape`: of the
-        classifier, [C, D]."""
+        classifier, [C, D]. `max_weight`: samples a client may weigh (None: any)."""
         assert shape is not None, "plans fit a classifier only where there is one"
         index, phase = plan.closed_form_index(round_id)
         at_most = plan.max_rows(shape, self._asked)
+        if max_weight is not None:
+            at_most = min(at_most, max_weight)
         dealt = self._dealt(index)
         return {
             name: {

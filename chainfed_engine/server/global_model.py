@@ -14,6 +14,7 @@ from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
+from chainfed_engine.server.statistics import refuse_one_hot, refuse_rows, refuse_sizes, row_size
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
@@ -134,15 +135,27 @@ class GlobalModel:
         self._trained.replace(arrays)
         self._factor = {}
 
-    def refuse_factor(self, arrays: object) -> str | None:
-        """Why these are not the statistics of a closed-form classifier, or None."""
+    def refuse_factor(self, arrays: object, *, at_most: float = np.inf) -> str | None:
+        """Why these are not the statistics of a closed-form classifier over `at_most` rows, or None."""
         if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
             return f"classifier statistics: expected {FACTOR_KEY} alone"
         num_labels, hidden_size = self.array(OUT_WEIGHT).shape
         width = hidden_size + 1 + num_labels
         factor = arrays[FACTOR_KEY]
         num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
-        return refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+        return (
+            refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+            or refuse_rows(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size, at_most=at_most)
+            or refuse_one_hot(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size)
+        )
+
+    def refuse_sizes(self, factors: Mapping[str, Arrays], *, limit: float) -> dict[str, str]:
+        """Client -> reason for statistics whose features are out of line with the cohort's, or with those that count
+        already."""
+        ones = self.array(OUT_WEIGHT).shape[1]
+        sizes = {client: row_size(arrays[FACTOR_KEY], ones) for client, arrays in factors.items()}
+        known = row_size(self._factor[FACTOR_KEY], ones) if self._factor else None
+        return refuse_sizes(sizes, FACTOR_KEY, limit=limit, known=known)
 
     def fit_classifier(self, statistics: list[Arrays]) -> None:
         """The classifier that all rows seen since the features last changed ask for, these included, in this order."""

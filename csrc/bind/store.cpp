@@ -103,8 +103,8 @@ std::shared_ptr<const Pinning> pinning_for(const std::optional<int>& device) {
   };
   pinning->unpin = [place, table](void* data) {
     cuda::Message message{};
-    table->unpin(place, data,
-                 &message);  // at the end of a process the driver may be gone: nothing is left to unpin then
+    // At the end of a process the driver may be gone: nothing is left to unpin then.
+    table->unpin(place, data, &message);
   };
   return pinning;
 }

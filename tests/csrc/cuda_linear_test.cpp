@@ -17,6 +17,12 @@ using cuda::Device;
 using cuda::Direction;
 using cuda::Precision;
 
+// Opened once: it is kept for the life of the process.
+static void* the_library() {
+  static void* opened = cuda::open_library();
+  return opened;
+}
+
 // Two factors of 11 bits each, and for nf4 a third rounding of table and scale: 2 to 3 e-4 of the product.
 constexpr double kFusedBudget = 1e-3;
 constexpr double kLibraryBudget = 6e-3;  // two factors of 8 bits
@@ -126,7 +132,7 @@ void check_shape(BlockFormat format, const Shape& s) {
   double exact[2], fast[2], library[2];
   errors(Precision::exact, exact);
   errors(Precision::fast, fast);
-  device.library = cuda::open_library();
+  device.library = the_library();
   device.library_from_tokens = 1;
   errors(Precision::fast, library);
   const double budget = cuda::is_tiled(format) ? kFusedBudget : kExactBudget;
@@ -168,7 +174,7 @@ TEST(a_bias_and_a_workspace_of_any_alignment_do) {
   const auto matrix = random_matrix(BlockFormat::int4, 40, 64);
   const std::vector<float> x = normal(3 * 64, 1), bias = normal(44, 2);
   Device device;
-  device.library = cuda::open_library();
+  device.library = the_library();
   device.library_from_tokens = 1;
   for (int shift = 0; shift < 4; ++shift) {
     const auto out = product(device, matrix->view, Direction::forward, Precision::fast, x, 3, bias.data() + shift);

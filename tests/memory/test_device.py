@@ -57,6 +57,14 @@ def test_a_board_with_one_memory_counts_everything_once() -> None:
     assert board.facts["predicted_host_bytes"] == 0
 
 
+def test_a_board_pins_a_slot_of_the_largest_size_for_every_file_that_stays() -> None:
+    whole = replace(CHOICES, num_slots=None)
+    board = predict(request(DeviceFacts("cuda:0", is_unified=True)), whole)
+    assert board.parts["layer slots"] == (32 + 16) * SIZES.slot_bytes
+    discrete = predict(request(DeviceFacts("cuda:0", is_unified=False)), whole)
+    assert discrete.parts["layers"] + discrete.parts["head"] == SIZES.layer_bytes + SIZES.head_bytes
+
+
 def test_the_budget_is_held_against_the_devices_peak() -> None:
     device = DeviceFacts("cuda:0", is_unified=False)
     plan = make_plan(request(device, budget=4 << 30))

@@ -151,6 +151,20 @@ def test_the_oldest_copy_is_waited_for_only_when_host_slots_run_out() -> None:
     assert reader.held == []
 
 
+def test_files_that_all_stay_take_their_own_size_and_no_more() -> None:
+    streams = FakeStreams()
+    weights: Any = Streamed(
+        FakeReader(streams.log),
+        streams,
+        num_slots=3,
+        num_host_slots=2,
+        file_bytes=[4096, 64, 128],  # type: ignore[arg-type]
+    )
+    for file in (1, 0, 2, 1, 0):
+        weights.lease(file).release()
+    assert [line for line in streams.log if line.startswith("slot")] == ["slot 64", "slot 4096", "slot 128"]
+
+
 def test_leases_beyond_the_slots_are_refused_and_released_ones_raise() -> None:
     weights, _, _ = streamed(num_slots=1)
     first = weights.lease(0)

@@ -17,9 +17,7 @@ def rows_by_round(config: ChainConfig, samples: dict[str, int]) -> list[dict[str
     for round_id in range(plan.probe_rounds):
         told = closed.settings(plan, round_id, (2, 8))
         spans = {name: (int(one["first_row"]), int(one["num_rows"])) for name, one in told.items()}
-        rounds.append(
-            {name: range(first, min(first + count, samples[name])) for name, (first, count) in spans.items()}
-        )
+        rounds.append({name: range(first, min(first + count, samples[name])) for name, (first, count) in spans.items()})
     return rounds
 
 

@@ -80,7 +80,9 @@ def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_no
     trained: Literal["never", "at-top"],
 ) -> None:
     samples = {"a": 5, "b": 6}
-    config = ChainConfig(start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, train_classifier=trained)
+    config = ChainConfig(
+        start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, train_classifier=trained
+    )
     server = Server(config, replace(shape(4), architecture="bert"), initial(4), samples, "classification")
     site, seen = Site(samples), []
     while not server.done:
