@@ -78,9 +78,7 @@ class TaskMaker:
         named = self._closed_form.settings(
             self._plan, round_id, self._model.classifier_shape, max_weight=self._max_weight
         )
-        return [
-            self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()
-        ]
+        return [self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()]
 
     def _task(
         self,
