@@ -18,7 +18,7 @@ from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
-from chainfed_engine.federation.session import Session, open_trainer, plan_for
+from chainfed_engine.federation.session import Session, open_trainer, plan_for, running_out
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, TaskKind
@@ -135,19 +135,14 @@ def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None =
     """Accuracy or token loss of a finished run on a data file, streamed under the run's own budget, on `device` or
     where the run was."""
     run_dir = Path(run_dir)
+    arrays, _ = read_adapters(run_dir)  # first: its error says what is no run directory
     config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
-    arrays, _ = read_adapters(run_dir)
     tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
     table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
-    trainer = open_trainer(
-        Path(config.store),
-        config.chain,
-        plan_run(config, {}, encoded),
-        encoded.task,
-        num_labels=len(encoded.label_names),
-    )
-    with closing(trainer.model.store):
+    plan = plan_run(config, {}, encoded)
+    trainer = open_trainer(Path(config.store), config.chain, plan, encoded.task, num_labels=len(encoded.label_names))
+    with closing(trainer.model.store), running_out(config.chain, plan):
         ordered = data.batches(encoded, config.chain.batch_size, seed=None, pad_id=tokenizer.pad_id)
         return trainer.evaluate(ordered, arrays)
 

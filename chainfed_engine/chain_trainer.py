@@ -30,7 +30,7 @@ from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds
+from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
@@ -66,7 +66,9 @@ class ChainTrainer:
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
-        self._classifier_factor: np.ndarray[Any, Any] | None = None
+        self._classifier_factor: np.ndarray[Any, Any] | None = None  # of all batches given for it
+        self._row_weight = 1.0
+        self._is_fitted = False
         self._stage_begun = False
         self._callbacks = callbacks
         self._losses: list[float] = []
@@ -114,11 +116,14 @@ class ChainTrainer:
         if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
             num_labels = len(self._arrays[classifier_key("out_weight")])
             bias = classifier_key("out_bias") in self._arrays
-            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels, bias=bias))
+            counted = classifier_fit.weighted(self._classifier_factor, 1 / self._row_weight)
+            self._arrays.update(classifier_fit.solve(counted, num_labels, bias=bias))
+            self._is_fitted = True
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
             self._stage_begun = False
+            self._row_weight = classifier_fit.REFIT_WEIGHT
         self._report_round()
         self.round_id += 1
         if self.done:
@@ -176,7 +181,8 @@ class ChainTrainer:
     def _probe(self, batch: Batch) -> float:
         statistics, loss = self._trainer.classifier_statistics([batch], self._arrays)
         known = [] if self._classifier_factor is None else [self._classifier_factor]
-        self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
+        factor = classifier_fit.weighted(statistics[classifier_fit.FACTOR_KEY], self._row_weight)
+        self._classifier_factor = classifier_fit.merge([*known, factor])
         return loss
 
     def _report_round(self) -> None:
@@ -209,24 +215,27 @@ class ChainTrainer:
             {**self._arrays, **stand_ins},
             cache_dir=self._cache_dir,
             lr=learning_rate(self.config.lr, self.config.lr_decay, self.round_id, self.config.rounds),
-            settings={"start_layer": origin},
+            settings={"start_layer": origin, "trains_classifier": not self._keeps_classifier("never")},
         )
         self._stage_begun = True
 
     def _with_classifier(self, solved: Arrays, depth: int) -> Arrays:
-        config = self.config
-        is_fitted = self._classifier_factor is not None
-        if config.train_classifier == "always" or config.foresight_every or not is_fitted:
-            return solved
-        if not stand_in.is_linear_readout(self.model.shape.architecture, self._arrays):
+        if not self._keeps_classifier("never", "at-top"):
             return solved
         out = (self._arrays[classifier_key(name)] for name in ("out_weight", "out_bias"))
         return stand_in.with_classifier(solved, depth, *out)
 
+    def _keeps_classifier(self, *choices: str) -> bool:
+        """Whether `train_classifier` is one of these, where it has a say."""
+        fitted = self._is_fitted and stand_in.is_linear_readout(self.model.shape.architecture, self._arrays)
+        return fitted and self.config.train_classifier in choices and self.config.foresight_every == 0
+
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
         probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
-        return Schedule(config.schedule, self.model.num_layers, config.window, start_layer, config.rounds, probe_rounds)
+        refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
+        layers = self.model.num_layers
+        return Schedule(config.schedule, layers, config.window, start_layer, config.rounds, probe_rounds, refit_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:

@@ -59,22 +59,26 @@ class ChainConfig:
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
     rounds: int = _in("chain", 24, low=1)
-    # rounds that first fit the classifier in closed form; None: a fifth of them, 1 to 4; none for causal LMs
+    # rounds that first fit the classifier in closed form; None: a fifth of them, 1 to 4, or as many as it takes to see
+    # every sample once, if these are fewer; none for causal LMs
     probe_rounds: int | None = _in("chain", None, none="auto")
+    # rounds that do it again at the end, on the trained features; None: as many, at most a fourth of the others
+    refit_rounds: int | None = _in("chain", None, none="auto")
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
     # every k-th step takes the exact end-to-end loss, the layers above the window streamed one at a time; 0: never
     foresight_every: int = _in("chain", 0)
-    # "at-top": once fitted, below the top it is a fixed part of the stand-in, if it is all that follows the last layer
-    train_classifier: Literal["at-top", "always"] = _in("chain", "at-top")
+    # whether steps train the classifier once it was fitted in closed form, where it is all that follows the last layer;
+    # unless "always", it is a fixed part of the stand-in below the top
+    train_classifier: Literal["never", "at-top", "always"] = _in("chain", "never")
     # relative to the mean squared column; None: by cross-validation
     stand_in_ridge: float | None = _in("chain", None, above=True, high=1e6, none="auto")
 
     method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
     device: str = _in("train", "cpu")  # "cpu", "cuda" or "cuda:1"
     lr: float = _in("train", 1e-3, above=True, high=10)
-    lr_decay: Literal["none", "cosine"] = _in("train", "none")  # from `lr` in the first round down to the last
+    lr_decay: Literal["none", "cosine"] = _in("train", "cosine")  # from `lr` in the first round down to the last
     weight_decay: float = _in("train", 0.01, high=10)
     batch_size: int = _in("train", 16, low=1, high=65536)
     sequence_length: int = _in("train", 128, low=2, high=2**20)
@@ -85,6 +89,7 @@ class ChainConfig:
     # bytes; None: no limit
     budget: int | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
     cache_format: Literal["auto", "int8", "bf16", "f32"] = _in("memory", "auto")
+    encrypt_cache: bool = _in("memory", False)  # under a key that this process alone has; gone with it
 
     # of the methods that `chain` is compared with
     random_layers: int | None = _in("baseline", None, low=1, high=1024, none="auto")  # FedRA: a client; None: half
@@ -98,12 +103,18 @@ class ChainConfig:
     clients_per_round: int = _in("federation", 5, low=1)
     # budgets dealt evenly to the clients, such as "512MiB, 1GiB"; one that cannot hold the method is left out
     client_budgets: str | None = _in("federation", None, none="none")
-    profile_clients: int = _in("federation", 16, low=1)
+    profile_clients: int = _in("federation", 16, low=1)  # asked for statistics in one exchange, if there are so many
     eval_every: int = _in("federation", 0)  # 0: only at the end
     aggregation: Literal["mean", "median", "trimmed-mean", "multi-krum"] = _in("federation", "mean")
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
+    # what a client's number of samples may weigh, in medians of all clients'; 0: no limit
+    weight_limit: float = _in("federation", 10.0, high=1e9)
+    # replies to rounds that are over: dropped, or counted in a later one of the same window at 1 / (1 + rounds late)
+    late_replies: Literal["drop", "discount"] = _in("federation", "drop")
+    # what clients send up: the trained values, or what changed in eight bits (0.27 of the bytes)
+    update_format: Literal["f32", "int8"] = _in("federation", "f32")
     # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
     dp_noise: float = _in("federation", 0.0, high=1e6)
     dp_clip: float = _in("federation", 1.0, above=True, high=1e9)
@@ -118,18 +129,18 @@ class ChainConfig:
             raise ConfigError(f'[train] device: expected "cpu", "cuda" or "cuda:1", got {self.device!r}')
         if self.method in LORA_METHODS:
             object.__setattr__(self, "adapter", "lora")
-        if self.lr_decay != "none" and self.method == "fwdllm":
-            raise ConfigError('[train] lr_decay: expected "none" with fwdllm, whose server steps at lr; leave it out')
         if self.client_budgets is not None:
             parse_sizes("[federation] client_budgets", self.client_budgets)
         if self.min_rank is not None and self.min_rank > self.adapter_size:
             raise ConfigError(
                 f"[baseline] min_rank: expected at most [chain] adapter_size ({self.adapter_size}), got {self.min_rank}"
             )
-        if self.probe_rounds is not None and self.probe_rounds > self.rounds:
-            raise ConfigError(
-                f"[chain] probe_rounds: expected at most [chain] rounds ({self.rounds}), got {self.probe_rounds}"
-            )
+        for name in ("probe_rounds", "refit_rounds"):
+            others = (self.probe_rounds or 0) if name == "refit_rounds" else 0
+            chosen: int | None = getattr(self, name)
+            if chosen is not None and chosen > self.rounds - others:
+                most = f"[chain] rounds ({self.rounds}){' - probe_rounds' if others else ''}"
+                raise ConfigError(f"[chain] {name}: expected at most {most}, got {chosen}")
 
 
 @dataclass(frozen=True)

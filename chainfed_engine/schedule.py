@@ -3,8 +3,8 @@
 *continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
 refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the
 rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds for the classifier alone, on the untrained
-model's features. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters,
-stride one).
+model's features, and followed by `refit_rounds` rounds for it alone on the trained ones. Source: ChainFed, section on
+Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
 """
 
 import math
@@ -18,15 +18,24 @@ ScheduleKind = Literal["continuous", "train-and-freeze"]
 MOST_PROBE_ROUNDS = 4
 
 
-def num_probe_rounds(chosen: int | None, rounds: int, task: TaskKind, aggregation: str) -> int:
-    """Rounds for the classifier alone; "auto" (None): a fifth, 1 to 4, of at least three rounds; none without a
-    classifier, and none where single clients are not trusted, for statistics are summed and one client's can outweigh
-    all others."""
+def num_probe_rounds(
+    chosen: int | None, rounds: int, task: TaskKind, aggregation: str, rounds_to_see_all: int | None = None
+) -> int:
+    """Rounds for the classifier alone, before all others; "auto" (None): a fifth, 1 to 4, of at least three rounds, and
+    no more than see every sample once; none without a classifier, and none where single clients are not trusted, for
+    statistics are summed and one client's can outweigh all others."""
     if chosen is not None:
         return chosen
     if task != "classification" or aggregation != "mean" or rounds < 3:
         return 0
-    return min(MOST_PROBE_ROUNDS, max(1, rounds // 5))
+    most = min(MOST_PROBE_ROUNDS, max(1, rounds // 5))
+    return most if rounds_to_see_all is None else max(1, min(most, rounds_to_see_all))
+
+
+def num_refit_rounds(chosen: int | None, probe_rounds: int, rounds: int) -> int:
+    """Rounds for the classifier alone, after all others; "auto" (None): as many as probed, and no more than a fourth of
+    the rest: none for those who do not probe."""
+    return min(probe_rounds, (rounds - probe_rounds) // 4) if chosen is None else chosen
 
 
 def learning_rate(lr: float, decay: Literal["none", "cosine"], round_id: int, rounds: int) -> float:
@@ -44,6 +53,7 @@ class Schedule:
     start_layer: int
     rounds: int
     probe_rounds: int = 0
+    refit_rounds: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= self.num_layers:
@@ -65,15 +75,16 @@ class Schedule:
     def stage(self, round_id: int) -> Stage:
         """Stage of round `round_id` (0-based)."""
         step = round_id - self.probe_rounds
-        if step < 0:
+        trained = self.rounds - self.probe_rounds - self.refit_rounds
+        if step < 0 or step >= trained:
             return Stage("probe", Window(self.num_layers, self.num_layers), 0)
         if self.kind == "continuous":
-            # The first sweep is cut short from below so that the last round stands at the top, where the loss is the
+            # The first sweep is cut short from below so that the last window stands at the top, where the loss is the
             # end-to-end loss: a run that ended lower would leave the classifier fitted to a stand-in.
-            skipped = -(self.rounds - self.probe_rounds) % self.num_positions
+            skipped = -trained % self.num_positions
             sweep, position = divmod(step + skipped, self.num_positions)
         else:
-            share = max(1, (self.rounds - self.probe_rounds) // self.num_positions)
+            share = max(1, trained // self.num_positions)
             sweep, position = 0, min(step // share, self.num_positions - 1)
         start = self.start_layer + position
         return Stage("window", Window(start, start + self.window), sweep)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chainfed_engine import classifier_fit, native
 from chainfed_engine.adapters import Adapter, build_adapter
+from chainfed_engine.cache_cipher import CacheCipher
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.model.classifier import Classifier
@@ -73,6 +74,7 @@ class StageTrainer:
             layer: self.new_adapter(layer).to(model.device) for layer in range(model.num_layers)
         }
         self.parameters = Parameters(self.adapters, self.classifier)
+        self._cipher = CacheCipher() if config.encrypt_cache else None
         self.prefix = Prefix(model, self.adapters, cache_format=cache_format, fill_bytes=fill_bytes)
         self.end_objective = Objective(self.readout, None, [], 0.0, at_top=True)
         self.window: TrainedWindow | None = None
@@ -109,6 +111,7 @@ class StageTrainer:
                 origin=origin,
                 model_key=self.model.record_key,
                 adapters_hash=self.parameters.hash_below,
+                cipher=self._cipher,
             )
         if self.window is None or self.window.window != window:
             if self.window is not None:
@@ -118,7 +121,8 @@ class StageTrainer:
         self.objective = self._objective(arrays)
         self.above = self._layers_above(window)
         self._step_index = 0
-        self._trains_classifier = not StandIn.holds_classifier(arrays, window.stop)
+        wanted = bool((settings or {}).get("trains_classifier", True))
+        self._trains_classifier = wanted and not StandIn.holds_classifier(arrays, window.stop)
         trained = self.parameters.train_only(window, classifier=self._trains_classifier)
         self.optimizer = AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
 
@@ -159,8 +163,7 @@ class StageTrainer:
         return self.model.embed(batch) if self._supply is None else self._supply.get(batch)
 
     def trained(self) -> Arrays:
-        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier unless it came
-        as a part of the stand-in."""
+        """The stage's trained parameters, float32 copies: the window's adapters, and the classifier if that is."""
         return self.parameters.export(self.stage.window, classifier=self._trains_classifier)
 
     def end(self) -> None:

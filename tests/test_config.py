@@ -62,6 +62,7 @@ def test_dump_reads_back_equal(tmp_path: Path) -> None:
         ("[chain]\nstart_layer = 'none'", r"\[chain\] start_layer: expected a whole number or \"auto\", got 'none'"),
         ("[chain]\nstand_in = 1", r"\[chain\] stand_in: expected true or false, got 1"),
         ("[chain]\nprobe_rounds = 30", r"\[chain\] probe_rounds: expected at most \[chain\] rounds \(24\)"),
+        ("[chain]\nprobe_rounds = 20\nrefit_rounds = 5", r"refit_rounds: .* \(24\) - probe_rounds, got 5"),
         ("[memory]\nbudget = '1 Gigabyte'", r"\[memory\] budget: expected a size in bytes such as"),
         ("[memory]\nbudget = 17", r"\[memory\] budget: expected a number from 1048576"),
         ("response = 'answer'", r"\[data\]: expected .* got label and response"),

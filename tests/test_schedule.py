@@ -3,7 +3,7 @@
 import pytest
 
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, learning_rate
+from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds
 
 
 def starts(schedule: Schedule) -> list[int]:
@@ -34,6 +34,21 @@ def test_probe_rounds_come_first_and_train_no_layer() -> None:
     schedule = Schedule("continuous", num_layers=4, window=1, start_layer=3, rounds=3, probe_rounds=2)
     assert [schedule.stage(round_id).kind for round_id in range(3)] == ["probe", "probe", "window"]
     assert schedule.stage(0).window.size == 0
+
+
+def test_refit_rounds_come_last_and_the_window_before_them_stands_at_the_top() -> None:
+    schedule = Schedule("continuous", num_layers=6, window=2, start_layer=2, rounds=9, probe_rounds=1, refit_rounds=2)
+    kinds = [schedule.stage(round_id).kind for round_id in range(9)]
+    assert kinds == ["probe", *["window"] * 6, "probe", "probe"]
+    assert starts(schedule)[1:7] == [2, 3, 4, 2, 3, 4]
+
+
+def test_probing_by_default_ends_once_all_was_seen_and_refitting_is_no_longer() -> None:
+    assert num_probe_rounds(None, 24, "classification", "mean") == 4
+    assert num_probe_rounds(None, 24, "classification", "mean", rounds_to_see_all=2) == 2
+    assert num_probe_rounds(3, 24, "classification", "mean", rounds_to_see_all=2) == 3
+    assert [num_refit_rounds(None, probes, 24) for probes in (0, 2, 4, 20)] == [0, 2, 4, 1]
+    assert num_refit_rounds(3, 0, 24) == 3
 
 
 @pytest.mark.parametrize(("window", "start", "named"), [(5, 0, "window"), (0, 0, "window"), (2, 3, "start_layer")])

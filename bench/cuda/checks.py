@@ -33,6 +33,7 @@ SHAPES = (
     (5, 9, 1100),
     (130, 520, 333),
 )
+HEAD_SHAPE = (77, 3001, 200)  # tokens, vocabulary rows, hidden size
 DEVICE = "cuda"
 
 Tensor = torch.Tensor
@@ -162,11 +163,12 @@ def head(
 
 def losses_and_gradients_match_float64() -> dict[str, float]:
     worst: dict[str, float] = {}
+    tokens, rows, width = HEAD_SHAPE
     for block_format in TILED:
-        matrix = Matrix(block_format, 3001, 200)
+        matrix = Matrix(block_format, rows, width)
         for activation, budget in (("f32", 1e-5), ("int8", 3e-3)):
-            hidden, weight = normal(77, 200), normal(77, seed=4)
-            targets = torch.arange(77, device=DEVICE) * 31
+            hidden, weight = normal(tokens, width), normal(tokens, seed=4)
+            targets = torch.arange(tokens, device=DEVICE) * 31 % rows
             losses, grad = head(matrix, hidden, targets, weight, activation)
             exact = hidden.double().requires_grad_()
             expected = torch.nn.functional.cross_entropy(exact @ matrix.values.T, targets, reduction="none")
@@ -309,6 +311,7 @@ def main() -> int:
     with options.out.open("w") as out:
         print(json.dumps({**machine(), "build_seconds": options.build_seconds}), file=out, flush=True)
         for check in CHECKS:
+            print("    ", check.__name__, file=sys.stderr, flush=True)  # a check that hangs is known by its name
             started = time.perf_counter()
             row: dict[str, Any] = {"kind": "check", "name": check.__name__}
             try:

@@ -9,7 +9,6 @@ d width, V vocabulary, T length.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -26,11 +25,12 @@ CONFIG = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
     "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
 }  # fmt: skip
+DEVICE, SQUARE = "cuda", 8192
 _WEIGHTS = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 4 + 3 * WIDTH * INNER  # of a layer
 
 
 def best_flop_per_s() -> float:
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    square = torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16)
     times = []
     for _ in range(6):
         torch.cuda.synchronize()
@@ -38,7 +38,7 @@ def best_flop_per_s() -> float:
         square @ square
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return float(2 * 8192**3 / statistics.median(times[1:]))
+    return float(2 * SQUARE**3 / statistics.median(times[1:]))
 
 
 def step(batch_size: int, length: int) -> dict[str, Any]:
@@ -53,14 +53,14 @@ def step(batch_size: int, length: int) -> dict[str, Any]:
     rate = best_flop_per_s()
     torch.cuda.empty_cache()
     config = ChainConfig(
-        window=WINDOW, adapter_size=ADAPTER, stand_in=False, auxiliary_weight=0.0, device="cuda", sequence_length=length
+        window=WINDOW, adapter_size=ADAPTER, stand_in=False, auxiliary_weight=0.0, device=DEVICE, sequence_length=length
     )
     ids = torch.randint(0, VOCABULARY, (batch_size, length), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids, torch.ones_like(ids), ids, [str(row) for row in range(batch_size)])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
         store = LayerStore.open(
-            synth(str(Path(folder) / "config.json"), Path(folder) / "store"), place=find_place("cuda")
+            synth(str(Path(folder) / "config.json"), Path(folder) / "store"), place=find_place(DEVICE)
         )
         trainer = StageTrainer(FrozenModel(store), config, task="causal-lm", cache_format="int8", recompute=True)
         stage = Stage("window", Window(LAYERS - WINDOW, LAYERS), 0)
@@ -96,7 +96,9 @@ def main() -> int:
     options = parser.parse_args()
     row: dict[str, Any] = {"kind": "step", "what": "window step of the 8B shape"}
     status = 0
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        import transformers  # noqa: F401
+    except ModuleNotFoundError:
         row["left_out"] = "transformers is not installed"
     else:
         try:

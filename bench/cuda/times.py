@@ -25,7 +25,10 @@ from checks import DEVICE, TILED, Matrix, head, normal, stream
 
 MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
-VOCABULARY, HIDDEN = 128256, 4096
+VOCABULARY, HIDDEN, ADAPTER = 128256, 4096, 64
+HEAD_TOKENS, LAYER_TOKENS = (64, 512, 2048), 2048
+LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+SQUARE, COPY_BYTES = 8192, 128 << 20
 Row = dict[str, Any]
 _FLUSH_BYTES = 256 << 20  # more than any second-level cache: weights come from memory, as they do in a model
 
@@ -118,7 +121,7 @@ def heads() -> Iterator[Row]:
     """Loss and gradient of the hidden states against a 128,256-row head, beside torch in bf16; memory of both."""
     matrix = Matrix("int4", VOCABULARY, HIDDEN, any_codes=True)
     weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
-    for tokens in (64, 512, 2048):
+    for tokens in HEAD_TOKENS:
         hidden, targets = normal(tokens, HIDDEN), torch.arange(tokens, device=DEVICE) * 7
         share = torch.full((tokens,), 1 / tokens, device=DEVICE)
 
@@ -149,11 +152,11 @@ def _peak(run: Callable[[], object]) -> int:
 
 
 def records() -> Iterator[Row]:
-    """Encoding (with an adapter of 64 and without) and decoding 2048 tokens, beside a copy of as many bytes."""
-    hidden, rows = normal(2048, HIDDEN), torch.arange(2048, device=DEVICE)
-    adapter = (normal(64, HIDDEN) / 64, normal(64), normal(HIDDEN, 64) / 64, normal(HIDDEN))
-    out, copy = torch.empty(2048, HIDDEN, device=DEVICE), torch.empty_like(hidden)
-    packed = torch.empty(2048, native.record_bytes("int8", HIDDEN), dtype=torch.uint8, device=DEVICE)
+    """Encoding (with an adapter and without) and decoding LAYER_TOKENS tokens, beside a copy of as many bytes."""
+    hidden, rows = normal(LAYER_TOKENS, HIDDEN), torch.arange(LAYER_TOKENS, device=DEVICE)
+    adapter = (normal(ADAPTER, HIDDEN) / 64, normal(ADAPTER), normal(HIDDEN, ADAPTER) / 64, normal(HIDDEN))
+    out, copy = torch.empty_like(hidden), torch.empty_like(hidden)
+    packed = torch.empty(LAYER_TOKENS, native.record_bytes("int8", HIDDEN), dtype=torch.uint8, device=DEVICE)
 
     def encode(with_adapter: bool) -> None:
         native.boundary_encode(
@@ -165,23 +168,23 @@ def records() -> Iterator[Row]:
 
     names = ("encode_ms", "adapter_and_encode_ms", "decode_ms", "copy_ms")
     figures = milliseconds(lambda: encode(False), lambda: encode(True), decode, lambda: copy.copy_(hidden))
-    yield {"kind": "time", "what": "boundary records", "tokens": 2048, **dict(zip(names, figures, strict=True))}
+    yield {"kind": "time", "what": "boundary records", "tokens": LAYER_TOKENS, **dict(zip(names, figures, strict=True))}
 
 
 def layer() -> Iterator[Row]:
-    """The seven linears of one 8B layer, forward and grad, at 2048 tokens: against torch's bf16 and the limit, which is
-    the work over torch's best rate here. The window of a step is Q such layers."""
-    shapes = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
+    """The seven linears of one 8B layer, forward and grad, at LAYER_TOKENS tokens: against torch's bf16 and the limit,
+    which is the work over torch's best rate here. The window of a step is Q such layers."""
+    shapes, tokens = LAYER, LAYER_TOKENS
     matrices = {shape: Matrix("int4", *shape, any_codes=True) for shape in set(shapes)}
     weights = {shape: torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in set(shapes)}
     pairs = {
-        shape: (Product(matrices[shape], 2048, "forward"), Product(matrices[shape], 2048, "grad"))
+        shape: (Product(matrices[shape], tokens, "forward"), Product(matrices[shape], tokens, "grad"))
         for shape in set(shapes)
     }
-    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    square = torch.randn(SQUARE, SQUARE, device=DEVICE, dtype=torch.bfloat16)
     (best_ms,) = milliseconds(lambda: square @ square)
-    best_flop_per_ms = 2 * 8192**3 / best_ms
-    work = sum(2 * 2 * 2048 * rows * cols for rows, cols in shapes)
+    best_flop_per_ms = 2 * SQUARE**3 / best_ms
+    work = sum(2 * 2 * tokens * rows * cols for rows, cols in shapes)
     for library in (False, True):
         for pair in pairs.values():
             for product in pair:
@@ -199,7 +202,7 @@ def layer() -> Iterator[Row]:
 
         ours_ms, torch_ms = milliseconds(ours, of_torch, repeats=5)
         yield {
-            "kind": "step", "what": "linears of one 8B layer, forward and grad", "tokens": 2048, "library": library,
+            "kind": "step", "what": "linears of one 8B layer, forward and grad", "tokens": tokens, "library": library,
             "ours_ms": ours_ms, "torch_bf16_ms": torch_ms, "limit_ms": work / best_flop_per_ms,
             "of_limit": work / best_flop_per_ms / ours_ms,
         }  # fmt: skip
@@ -207,10 +210,10 @@ def layer() -> Iterator[Row]:
 
 def transfers() -> Iterator[Row]:
     """Copies from pinned and from pageable memory, and how much of a copy hides behind products."""
-    size = 128 << 20
-    pinned, pageable = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.empty(size, dtype=torch.uint8)
-    there, side = torch.empty(size, dtype=torch.uint8, device=DEVICE), torch.cuda.Stream()
-    square = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    pageable = torch.empty(COPY_BYTES, dtype=torch.uint8)
+    pinned, side = pageable.pin_memory(), torch.cuda.Stream()
+    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+    square = torch.randn(SQUARE // 2, SQUARE // 2, device=DEVICE, dtype=torch.bfloat16)
 
     def compute() -> None:
         for _ in range(20):
@@ -228,7 +231,8 @@ def transfers() -> Iterator[Row]:
         lambda: there.copy_(pinned, non_blocking=True), lambda: there.copy_(pageable), compute, overlapped
     )
     yield {
-        "kind": "time", "what": "copy of 128 MiB to the device", "pinned_ms": copy_ms, "pageable_ms": plain_ms,
+        "kind": "time", "what": "copy to the device", "bytes": COPY_BYTES, "pinned_ms": copy_ms,
+        "pageable_ms": plain_ms,
         "compute_ms": compute_ms, "both_ms": both_ms, "overlap": max(copy_ms, compute_ms) / both_ms,
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ ROWS: list[dict[str, Any]] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernels")
     group.addoption("--quick", action="store_true", help="few shapes, few rounds: a minute instead of many")
+    group.addoption("--seconds", type=float, help="for all rounds of a contest (default: 4, quick: 0.6)")
     group.addoption("--threads", type=int, help="of torch and of ours (default: all cores)")
     group.addoption("--kernels", default=",".join(KERNELS), help="which of them, separated by commas")
 

@@ -18,6 +18,7 @@ def test_kernel(case: Case, benchmark: Any, report: Callable[[Any], None], reque
         contest = build(case)
     except TextMissing as missing:
         pytest.skip(f"{case.kernel}: {missing}")
-    rows = hold(benchmark, contest, QUICK_SECONDS if request.config.getoption("quick") else FULL_SECONDS)
+    usual = QUICK_SECONDS if request.config.getoption("quick") else FULL_SECONDS
+    rows = hold(benchmark, contest, request.config.getoption("seconds") or usual)
     report(rows)
     assert {row["peer"] for row in rows} == set(contest.peers)

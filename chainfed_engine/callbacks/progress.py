@@ -74,7 +74,8 @@ class Progress:
     def summary(self) -> str:
         """The last scores and the peak, for the line after the run."""
         parts = [_scores(self._last["eval"])] if "eval" in self._last else []
-        peak = self._last.get("memory", {}).get("peak_rss_bytes")
+        memory = self._last.get("memory", {})
+        peak = memory.get("budget_peak_bytes", memory.get("peak_rss_bytes"))
         if peak is not None:
             parts.append(f"peak {self._of_budget(int(peak))}")
         return ", ".join(parts) or "done"

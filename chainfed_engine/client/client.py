@@ -18,6 +18,7 @@ from chainfed_engine.client.trainer import Trainer
 from chainfed_engine.data import EncodedData, batches, order_by_length
 from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
 from chainfed_engine.types import Arrays, Batch, Reply, Task
+from chainfed_engine.update_format import encode
 
 
 class Client:
@@ -110,6 +111,8 @@ class Client:
             loss, num_steps = self._run_steps(task, data)
             # Copies, because the trainer's own buffers serve the next client.
             trained = {key: np.array(value, copy=True) for key, value in trainer.trained().items()}
+            if task.settings.get("update_format") == "int8":
+                trained = encode(trained, parameters, seed=_integer(task, "seed"))
         finally:
             trainer.end()
         metrics = {
@@ -122,11 +125,14 @@ class Client:
         return trained, metrics
 
     def _classifier_statistics(self, task: Task, parameters: Arrays) -> tuple[Arrays, dict[str, float]]:
-        """One pass of the whole model over the samples a round of training would see, `max_rows` of them at most."""
-        started, data = time.perf_counter(), self._training_data(task)
-        max_rows = _integer(task, "max_rows")
-        if len(data) > max_rows:
-            data = data.subset(np.arange(max_rows) * len(data) // max_rows)
+        """One pass of the whole model over the samples that the task names."""
+        started = time.perf_counter()
+        order = np.random.default_rng(_integer(task, "seed")).permutation(len(self._data))
+        first = _integer(task, "first_row")
+        picked = order[first : first + _integer(task, "num_rows")]
+        if not len(picked):
+            raise InvalidArgument(f"train: the task asks for samples from {first} on of {len(self._data)}")
+        data = self._data.subset(np.sort(picked))
         some = batches(data, _integer(task, "batch_size"), seed=None, pad_id=self._pad_id)
         statistics, loss = self._trainer.classifier_statistics(some, parameters)
         return statistics, {"loss": loss, "steps": 0.0, "train_seconds": time.perf_counter() - started}

@@ -19,7 +19,8 @@ class Trainer(Protocol):
         lr: float,
         settings: Mapping[str, Scalar] | None = None,
     ) -> None:
-        """Load every parameter the stage needs; fresh optimizer. `settings` may name the `start_layer`."""
+        """Load every parameter the stage needs; fresh optimizer. `settings` may name the `start_layer` and say
+        whether the stage `trains_classifier`."""
 
     def prepare(self, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Fill or advance the boundary cache; returns what it cost, `prefix_layers_run` for one."""

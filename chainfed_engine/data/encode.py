@@ -6,6 +6,7 @@ each sample came from, so that a partition of rows can be carried over.
 """
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from chainfed_engine.data.table import Table
 from chainfed_engine.data.tokenizer import Ids, Tokenizer
 from chainfed_engine.errors import DataError
 from chainfed_engine.types import IGNORE_INDEX, TaskKind
+
+_MANY_LABELS = 20  # more than these, and more than half as many as rows: rather a text or an id than a label
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,11 @@ def encode_classification(
     known = tuple(labels) if labels is not None else tuple(sorted(set(names)))
     if len(known) < 2:
         raise DataError(f"{table.source}: column {label!r}: expected at least two labels, got only {known[0]!r}")
+    if labels is None and len(known) > max(_MANY_LABELS, len(names) // 2):
+        warnings.warn(
+            f"{table.source}: column {label!r} has {len(known)} labels in {len(names)} rows; is it the labels' column?",
+            stacklevel=2,
+        )
     codes = {name: code for code, name in enumerate(known)}
     unknown = next((row for row, name in enumerate(names) if name not in codes), None)
     if unknown is not None:

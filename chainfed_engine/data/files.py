@@ -16,6 +16,9 @@ from typing import IO, Any
 
 from chainfed_engine.errors import DataError
 
+OTHER_SEPARATOR = (
+    "the file seems to separate its columns by another character: save it with commas, or as .tsv with tabs"
+)
 Row = tuple[int | None, dict[str, Any]]
 Reader = Callable[[Path, IO[str]], Iterator[Row]]
 
@@ -51,7 +54,7 @@ def _text_rows(
                 line = number or line
                 yield number, row
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error.reason}); convert the file") from error
+        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}, after line {line}: the compressed file is damaged: {error}") from error
     except OSError as error:
@@ -71,7 +74,9 @@ def _csv_rows(path: Path, stream: IO[str], delimiter: str = ",") -> Iterator[Row
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{path}, line {start}: not a CSV row: {error}") from error
+            raise DataError(
+                f"{path}, line {start}: not a CSV row: {error}{_separator_hint(names, delimiter)}"
+            ) from error
         finally:
             csv.field_size_limit(previous_limit)
         line, start = start, reader.line_num + 1
@@ -85,8 +90,21 @@ def _csv_rows(path: Path, stream: IO[str], delimiter: str = ",") -> Iterator[Row
                 raise DataError(f"{path}, line {line}: a column name stands twice in {', '.join(map(repr, names))}")
             continue
         if len(cells) != len(names):
-            raise DataError(f"{path}, line {line}: expected {len(names)} values, got {len(cells)}")
+            hint = _separator_hint(names, delimiter)
+            raise DataError(f"{path}, line {line}: expected {len(names)} values, got {len(cells)}{hint}")
         yield line, dict(zip(names, cells, strict=True))
+
+
+def _separator_hint(names: list[str] | None, delimiter: str) -> str:
+    if names and looks_otherwise_separated(names):
+        return f"; {OTHER_SEPARATOR}"
+    mark = "comma" if delimiter == "," else "tab"
+    return f'; values are separated by {mark}s, and one that holds a {mark}, a quote or a line break stands in "quotes"'
+
+
+def looks_otherwise_separated(names: Sequence[str]) -> bool:
+    """Whether a header of one name seems to hold several."""
+    return len(names) == 1 and any(mark in names[0] for mark in ";|\t")
 
 
 def _jsonl_rows(path: Path, stream: IO[str]) -> Iterator[Row]:

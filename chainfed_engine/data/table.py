@@ -67,7 +67,7 @@ class Table:
             elif isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer()):
                 value = str(int(value))  # data frames turn whole numbers beside missing ones into floats
             if not isinstance(value, str) or not value.strip():
-                remedy = _DROP if _is_blank(value) else ""
+                remedy = _DROP if _is_blank(value) else "; turn the column into text"
                 raise DataError(
                     f"{self.where(row)}: column {name!r}: expected a name (text or a whole number), got "
                     f"{_described(value)}{remedy}"
@@ -169,8 +169,8 @@ def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Seque
             for name in row.keys() - kept.keys():
                 kept[str(name)] = [None] * count
         elif missing := next((name for name in columns if name not in row), None):
-            place = f"line {line}" if line is not None else f"row {count}"
-            raise _no_column(f"{source}, {place}", missing, list(islice(row, 32)))
+            place = f", line {line}" if line is not None else f", row {count}"
+            raise _no_column(source + place if count else source, missing, list(islice(row, 32)))
         for name, values in kept.items():
             values.append(row.get(name))
         count += 1
@@ -205,6 +205,6 @@ def _described(value: Any) -> str:
 def _no_column(where: str, name: str, there: Iterable[str]) -> DataError:
     there = list(there)
     hint = "name the right one in [data] (text, label, prompt, response, messages, client)"
-    if len(there) == 1 and any(mark in there[0] for mark in ";|\t"):
-        hint = "the file seems to separate its columns by another character: save it with commas, or as .tsv with tabs"
+    if files.looks_otherwise_separated(there):
+        hint = files.OTHER_SEPARATOR
     return DataError(f"{where}: no column {name!r}; there are {', '.join(map(repr, there))}; {hint}")

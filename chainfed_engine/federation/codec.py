@@ -19,7 +19,7 @@ from chainfed_engine.errors import CorruptFile
 from chainfed_engine.types import Arrays
 
 PROTOCOL = 1  # of header and records; another one is refused by name
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 4 << 20  # JSON takes up to thirty times as much memory once it is read
 MAX_PAYLOAD_BYTES = 2 << 30
 _DTYPES: dict[str, "np.dtype[Any]"] = {
     "<f4": np.dtype("<f4"),

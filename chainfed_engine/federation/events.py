@@ -45,20 +45,22 @@ def exchange_event(
     if summary.stage is not None:
         window = summary.stage.window
         event |= {"stage": summary.stage.kind, "window": [window.start, window.stop], "sweep": summary.stage.sweep}
-    return event | {
+    event |= {
         "start_layer": summary.start_layer,
         "accepted": summary.accepted,
         "clients": list(summary.clients),
         "rejected": dict(summary.rejected),
         "silent": list(summary.silent),
         "late": summary.num_late,
+        "stale": dict(summary.stale),
         "bytes_sent": summary.bytes_down + summary.bytes_up,
         "bytes_down": summary.bytes_down,
         "bytes_up": summary.bytes_up,
-        **totals,
         "seconds": {name: round(value, 6) for name, value in {**parts, **seconds}.items()},
         "cpu_seconds": round(cpu_seconds, 6),
     }
+    # Clients name their metrics: none of theirs takes the place of what was seen here.
+    return event | {name: value for name, value in totals.items() if name not in event}
 
 
 def plan_event(plan: Plan) -> Event:

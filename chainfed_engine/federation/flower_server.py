@@ -4,9 +4,10 @@ In: CONFIG.toml, run directory, keys, the sites' names. Out: the run directory, 
 dies is started again: the SuperLink on its database, the SuperExec, and the run itself from its last saved state.
 """
 
-import contextlib
 import json
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Any
 
 from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import ChainfedError, ConfigError, StorageError
+from chainfed_engine.federation import flower_commands
 from chainfed_engine.federation.deployment import OUTCOME_FILE, check_deployable
 from chainfed_engine.federation.files import make_folder, write_text
-from chainfed_engine.federation.processes import Child, flower_environment, flower_program, run_once
+from chainfed_engine.federation.processes import Child, flower_environment, flower_program, lives, run_once
 from chainfed_engine.federation.run_directory import check_free
 
 APP = Path(__file__).parent / "flower_app"
-_START_SECONDS, _COMMAND_SECONDS, _WATCH_SECONDS = 60.0, 120.0, 0.3
+_START_SECONDS, _COMMAND_SECONDS, _WATCH_SECONDS = 120.0, 300.0, 0.3
 MAX_RESTARTS = 10  # of the run
 
 
@@ -77,13 +79,12 @@ class FlowerServer:
     def start(self) -> None:
         """Both children, the sites' keys registered, the run submitted."""
         make_folder(self._folder / "home")
-        for name in ("home/config.toml",):
-            certificate = json.dumps(str(self._certificate.absolute()))
-            text = f'[superlink]\ndefault = "run"\n[superlink.run]\naddress = "{self._address}"\n'
-            write_text(self._folder / name, f"{text}root-certificates = {certificate}\n")
+        certificate = json.dumps(str(self._certificate.absolute()))
+        text = f'[superlink]\ndefault = "run"\n[superlink.run]\naddress = "{self._address}"\n'
+        write_text(self._folder / "home" / "config.toml", f"{text}root-certificates = {certificate}\n")
         self._wait_for_link()
-        self._register()
-        self._submit(resume=self._options.resume)
+        sites = {site: self._options.keys / "sites" / f"{site}.pub" for site in self._options.sites}
+        self._submit({site: str(path.absolute()) for site, path in sites.items()}, resume=self._options.resume)
 
     def watch(self, *, on_event: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         """Until the run is done. Raises ChainfedError with the run's own line where it failed."""
@@ -99,11 +100,11 @@ class FlowerServer:
                 return
             if outcome["status"] == "failed":
                 raise ChainfedError(outcome["error"])
-            if outcome["status"] == "running" and not _lives(outcome["pid"]):
+            if outcome["status"] == "running" and not lives(outcome["pid"]):
                 restarts += 1
                 if restarts > MAX_RESTARTS:
                     raise ChainfedError(f"the run's process died {restarts} times; see {self._folder}/superexec.log")
-                self._submit(resume=(self._options.out / "state").is_dir())
+                self._submit({}, resume=(self._options.out / "state").is_dir())
             time.sleep(_WATCH_SECONDS)
 
     def stop(self) -> None:
@@ -116,26 +117,21 @@ class FlowerServer:
 
     def _wait_for_link(self) -> None:
         until = time.monotonic() + _START_SECONDS
+        host, port = ("127.0.0.1" if self._options.host == "0.0.0.0" else self._options.host), self._options.port
         while True:
             self._keep_children()
-            with contextlib.suppress(ChainfedError):
-                self._flwr("supernode", "list", "run", "--format", "json")
+            try:
+                socket.create_connection((host, port), 1.0).close()
                 return
+            except OSError:
+                time.sleep(0.1)
             if time.monotonic() > until:
                 raise ChainfedError(
                     f"the SuperLink did not start within {_START_SECONDS:g} seconds; see {self._folder}"
                 )
 
-    def _register(self) -> None:
-        """Every site's public key under its name; a key that is registered already is left as it is."""
-        listed = self._flwr("supernode", "list", "run", "--format", "json")
-        for site in self._options.sites:
-            if f'"{site}"' in listed:
-                continue
-            public_key = str((self._options.keys / "sites" / f"{site}.pub").absolute())
-            self._flwr("supernode", "register", public_key, "run", "--name", site)
-
-    def _submit(self, *, resume: bool) -> None:
+    def _submit(self, keys: Mapping[str, str], *, resume: bool) -> None:
+        """Register keys (site -> file; those that are registered already are left as they are) and submit the run."""
         options = self._options
         write_text(options.out / OUTCOME_FILE, json.dumps({"status": "submitted", "error": "", "pid": 0}))
         settings = {
@@ -144,12 +140,12 @@ class FlowerServer:
             "sites": ",".join(options.sites),
             "resume": resume,
             "meet-seconds": options.meet_seconds,
+            "owner-pid": os.getpid(),
         }
         given = [text for name, value in settings.items() for text in ("-c", f"{name}={json.dumps(value)}")]
-        self._flwr("run", str(APP), "run", *given)
-
-    def _flwr(self, *arguments: str) -> str:
-        return run_once([flower_program("flwr"), *arguments], self._environment, seconds=_COMMAND_SECONDS)
+        request = json.dumps({"register": dict(keys), "run": [str(APP), "run", *given]})
+        command = [sys.executable, "-m", flower_commands.__name__, request]
+        run_once(command, self._environment, seconds=_COMMAND_SECONDS)
 
     def _outcome(self) -> dict[str, Any]:
         try:
@@ -178,13 +174,3 @@ class _Lines:
         whole = content[: content.rfind(b"\n") + 1]
         self._read += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import StorageError
+from chainfed_engine.federation import flower_starter, flower_supernode
 from chainfed_engine.federation.files import make_folder
+from chainfed_engine.federation.flower_supernode import POLL_VARIABLE
 from chainfed_engine.federation.processes import Child, flower_environment, flower_program
 from chainfed_engine.federation.site import Site
 from chainfed_engine.federation.site_socket import SiteSocket
@@ -21,7 +23,8 @@ _AGAIN_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class JoinOptions:
-    """`keys`: the folder `sites/NAME` that `chainfed keys` made. `port`: of the SuperNode on this machine."""
+    """`keys`: the folder `sites/NAME` that `chainfed keys` made. `port`: of the SuperNode on this machine.
+    `poll_seconds`: between two looks for a message, which cost the server a request each."""
 
     name: str
     config: Path
@@ -29,10 +32,11 @@ class JoinOptions:
     keys: Path
     server: str
     port: int = 9094
+    poll_seconds: float = 0.5
 
 
 class FlowerSite:
-    """Owns the socket and the SuperNode; a context manager."""
+    """Owns the socket, the SuperNode and what starts its processes; a context manager."""
 
     def __init__(self, options: JoinOptions) -> None:
         for name in ("ca.crt", "site.key"):
@@ -40,28 +44,37 @@ class FlowerSite:
                 raise StorageError(
                     f"{options.keys / name}: not found; expected the folder of this site that `chainfed keys` made"
                 )
-        program = flower_program("flower-supernode")
+        program = flower_program(flower_starter.PROGRAM)
+        flower_program("flower-supernode")
         self._site = Site(options.name, load_config(options.config), options.out)
         self._socket = SiteSocket(self._site)
         folder = options.out / "flower"
         make_folder(folder / "home")
-        command = [program, "--root-certificates", str(options.keys / "ca.crt"), "--superlink", options.server]
-        command += ["--auth-supernode-private-key", str(options.keys / "site.key")]
+        starter = self._socket.path.with_name("starter")
+        programs = flower_starter.install(self._socket.path.with_name("bin"), starter, program)
+        environment = flower_environment(folder / "home", programs)
+        environment[POLL_VARIABLE] = str(options.poll_seconds)
+        log, python = folder / "supernode.log", [sys.executable, "-m"]
+        command = [*python, flower_supernode.__name__, "--root-certificates", str(options.keys / "ca.crt")]
+        command += ["--superlink", options.server, "--auth-supernode-private-key", str(options.keys / "site.key")]
         command += ["--host", "127.0.0.1", "--port", str(options.port)]
         command += ["--node-config", f'socket="{self._socket.path}"']
-        self.supernode = Child(command, flower_environment(folder / "home"), folder / "supernode.log")
+        self.supernode = Child(command, environment, log)
+        self._starter = Child([*python, flower_starter.__name__, str(starter)], environment, log)
 
     def __enter__(self) -> "FlowerSite":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.supernode.stop()
+        self._starter.stop()
         self._socket.close()
         self._site.close()
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
         """Answer messages for ever, or until `until` says so."""
         while not until():
+            self._starter.keep_running()
             before = self.supernode.starts
             self.supernode.keep_running(after_seconds=_AGAIN_SECONDS)
             if self.supernode.starts > max(before, 1):

@@ -28,18 +28,19 @@ class Journal:
     def __init__(self, path: Path, tasks: Sequence[Task]) -> None:
         self._path = path
         self._exchange = exchange_digest(tasks)
-        asked = {task.client for task in tasks}
+        asked = {(task.client, task.kind, task.round_id) for task in tasks}
         self.answered: set[str] = set()
         self._kept: list[Path] = []
         self._number = 0
         for file in _files(path):
-            client = self._client(file)
-            if client in asked:
-                self.answered.add(client)
-                self._kept.append(file)
-                self._number = _number(file) + 1
-            else:
+            reply = self._reply(file)
+            if reply is None:
                 files.remove(file)
+                continue
+            if (reply.client, reply.kind, reply.round_id) in asked:  # others are late, or strangers'
+                self.answered.add(reply.client)
+            self._kept.append(file)
+            self._number = _number(file) + 1
         self.missing = [task for task in tasks if task.client not in self.answered]
 
     def received(self) -> Iterator[Reply]:
@@ -73,13 +74,13 @@ class Journal:
         files.write_arrays(self._path / name, arrays, record, durable=False)
         self._number += 1
 
-    def _client(self, file: Path) -> str | None:
-        """Whose reply this is, if it is whole and of this exchange."""
+    def _reply(self, file: Path) -> Reply | None:
+        """What was received in this exchange, if it is whole."""
         try:
             arrays, record, _ = files.read_arrays(file)
             if record.get("exchange") != self._exchange:
                 return None
-            return reply_from(record.get("reply"), arrays).client
+            return reply_from(record.get("reply"), arrays)
         except CorruptFile:
             return None
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,18 +20,19 @@ from chainfed_engine.errors import ChainfedError, NativeUnavailable
 from chainfed_engine.federation.files import OWNER_ONLY_FILE, make_folder
 
 _PR_SET_PDEATHSIG = 1
+_WATCH_SECONDS = 0.5
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds; a message waits half of it on average
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; a message waits half of it on average
 }
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of Flower's programs: its own folder, no calls to the internet, our interpreter's programs first."""
-    programs = str(Path(sys.executable).parent)
-    path = os.pathsep.join([programs, os.environ.get("PATH", "")])
+def flower_environment(home: Path, *programs: Path) -> dict[str, str]:
+    """Environment of Flower's programs: its own folder, no calls to the internet; on PATH the folders `programs` come
+    first, then our interpreter's."""
+    path = os.pathsep.join([*map(str, programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
@@ -115,6 +117,28 @@ def run_once(command: Sequence[str], environment: Mapping[str, str], *, seconds:
         last = " ".join(output.split())[-600:]
         raise ChainfedError(f"{' '.join([Path(command[0]).name, *command[1:3]])}: exit {result.returncode}: {last}")
     return output
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end_with(pid: int) -> None:
+    """End this process, however it stands, soon after process `pid` has ended: what a crash may do at any point is
+    made good by the next start, and a run that nobody owns must not go on beside its successor."""
+
+    def watch() -> None:
+        while lives(pid):
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

@@ -4,7 +4,9 @@ store -> plan (refuses before anything is allocated) -> frozen model -> trainer 
 however many clients; a client is its encoded data and a cache folder.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
-from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, peak_device_bytes
+from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, hold_to_budget, peak_device_bytes
 from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
 from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
@@ -48,7 +50,9 @@ def plan_for(
     check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
     place = find_place(config.device)
-    device = DeviceFacts(str(place.torch_device), place.is_unified) if place.is_cuda else None
+    device = None
+    if place.is_cuda:
+        device = DeviceFacts(str(place.torch_device), place.is_unified, place.library_from_tokens)
     facts = facts or DataFacts()
     return make_plan(
         Request(info.shape, store_sizes(info), config, task, settled_rss_bytes(), data_bytes, facts, device)
@@ -82,19 +86,28 @@ def store_sizes(info: StoreInfo) -> StoreSizes:
 
 
 def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *, num_labels: int) -> StageTrainer:
-    """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says."""
-    choices = plan.choices
+    """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says. A device with
+    memory of its own is held to the budget from here on."""
+    choices, place = plan.choices, find_place(config.device)
     native.set_num_threads(torch.get_num_threads())
-    return trainer_class(config.method)(
-        FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True, place=find_place(config.device))),
-        config,
-        task=task,
-        num_labels=num_labels,
-        cache_format=choices.cache_format,
-        micro_batch=0 if choices.micro_batch >= config.batch_size else choices.micro_batch,
-        recompute=choices.recompute,
-        fill_bytes=choices.fill_bytes,
-    )
+    if place.index is not None and not place.is_unified and config.budget is not None:
+        hold_to_budget(place.index, config.budget)
+    with running_out(config, plan):
+        return trainer_class(config.method)(
+            FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True, place=place)),
+            config,
+            task=task,
+            num_labels=num_labels,
+            cache_format=choices.cache_format,
+            micro_batch=0 if choices.micro_batch >= config.batch_size else choices.micro_batch,
+            recompute=choices.recompute,
+            fill_bytes=choices.fill_bytes,
+        )
+
+
+def running_out(config: ChainConfig, plan: Plan) -> AbstractContextManager[None]:
+    """Around work on a device: running out of its memory names the budget that would do."""
+    return device_memory_errors(config.device, plan.predicted_peak_bytes, plan.smallest_budget_bytes)
 
 
 class Session:
@@ -143,8 +156,7 @@ class Session:
             event = plan_event(self.plan)
             directory.record(event)
             emit(event)
-        device, plan = self.config.device, self.plan
-        with device_memory_errors(device, plan.predicted_peak_bytes, plan.smallest_budget_bytes):
+        with running_out(self.config, self.plan):
             return fit(
                 self.server,
                 self.transport,
@@ -158,6 +170,8 @@ class Session:
     def close(self) -> None:
         self.trainer.end()
         self.store.close()
+        if self.config.encrypt_cache:  # nobody can read it any more
+            shutil.rmtree(self._cache, ignore_errors=True)
 
     def __enter__(self) -> "Session":
         return self
@@ -186,8 +200,11 @@ class Session:
             "read_ns": stats["read_ns"],
             "stall_ns": stats["stall_ns"],
         }
-        if self.store.place.index is not None:
-            figures["peak_device_bytes"] = peak_device_bytes(self.store.place.index)
+        place = self.store.place
+        if place.index is not None:  # the prediction is the device's, or a board's with everything on it
+            on_device = peak_device_bytes(place.index)
+            host = figures["peak_rss_bytes"] if place.is_unified else 0
+            figures |= {"peak_device_bytes": on_device, "budget_peak_bytes": on_device + host}
         return figures
 
 

@@ -8,6 +8,7 @@ that a site that was restarted goes on where it was. Data, labels beyond their n
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,13 +24,13 @@ from chainfed_engine.federation import files
 from chainfed_engine.federation.codec import pack, unpack
 from chainfed_engine.federation.inputs import complete, encode, plan_run
 from chainfed_engine.federation.messages import reply_record, task_from
-from chainfed_engine.federation.session import open_trainer
+from chainfed_engine.federation.session import open_trainer, running_out
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
-OWN_FIELDS = frozenset({"budget", "client_budgets", "device"})
+OWN_FIELDS = frozenset({"budget", "client_budgets", "device", "encrypt_cache"})
 _MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
 
 
@@ -77,8 +78,10 @@ class Site:
             return pack({"message": "error", "site": self.name, "error": line[:2000]}, {})
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model. An encrypted cache goes too: nobody can read it any more."""
         self._client = None
+        if self._config.chain.encrypt_cache:
+            shutil.rmtree(self._out / "cache", ignore_errors=True)
 
     def _hello(self) -> dict[str, Any]:
         label = self._config.data.label
@@ -107,7 +110,10 @@ class Site:
     def _do(self, record: object, arrays: Arrays) -> tuple[bytes, bytes]:
         if self._setup is None:
             raise InvalidArgument("this site was not told how to train; the server has to send a setup first")
-        reply = self._ready().handle(task_from(record, arrays))
+        client = self._ready()
+        assert self._plan is not None
+        with running_out(self._config.chain, self._plan):
+            reply = client.handle(task_from(record, arrays))
         return pack({"message": "reply", "reply": reply_record(reply)}, reply.arrays)
 
     def _load_setup(self) -> None:

@@ -21,6 +21,7 @@ from chainfed_engine.types import Arrays, Reply, Task
 POLL_SECONDS = 0.2
 _NODES_SECONDS = 2.0  # between looks at which sites are there
 _DAY_SECONDS = 86400.0
+MAX_LOST = 3  # times that a task is sent again in one exchange; a site whose processes always die is given up
 _MAX_LATE = 1024  # messages of exchanges that are over, still listened for
 
 
@@ -35,12 +36,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came back for the message `asked`: header and payload, or a line of error."""
+    """What came back for the message `asked`: header and payload, or a line of error. `lost`: the message or its answer
+    got lost on the way, so it may be sent again."""
 
     asked: str
     header: bytes
     payload: bytes
     error: str | None
+    lost: bool = False
 
 
 class Courier(Protocol):
@@ -62,6 +65,7 @@ class Answer:
     record: Mapping[str, Any]
     arrays: Arrays
     error: str | None
+    lost: bool = False
 
 
 @dataclass
@@ -105,13 +109,16 @@ class FlowerTransport:
             sent.late = True
         while len(self._sent) > _MAX_LATE:
             del self._sent[next(iter(self._sent))]
-        unanswered = set(messages)
+        unanswered, lost = set(messages), dict.fromkeys(messages, 0)
         looked = -math.inf
         while unanswered and not wait.is_over:
             if self._now() - looked > _NODES_SECONDS:
                 looked = self._now()
                 self._send({site: messages[site] for site in sorted(unanswered)}, wait.remaining_seconds)
             for answer, late in self._pull():
+                if answer.lost and (late or lost[answer.site] < MAX_LOST):
+                    lost[answer.site] = lost.get(answer.site, 0) + 1  # sent again once the site is there
+                    continue
                 if not late:
                     unanswered.discard(answer.site)
                     if answer.error is None:
@@ -144,7 +151,7 @@ class FlowerTransport:
 
 def _answer(site: str, delivery: Delivery) -> Answer:
     if delivery.error is not None:
-        return Answer(site, {}, {}, delivery.error)
+        return Answer(site, {}, {}, delivery.error, delivery.lost)
     try:
         record, arrays = unpack(delivery.header, delivery.payload)
     except CorruptFile as error:

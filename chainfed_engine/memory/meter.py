@@ -18,6 +18,7 @@ import numpy as np
 
 from chainfed_engine.errors import StorageError
 from chainfed_engine.memory.cgroup import MemoryGroup
+from chainfed_engine.memory.device import peak_device_bytes, reset_peak_device
 
 _KIB = 1024
 _PROC = Path("/proc/self")
@@ -32,19 +33,24 @@ class Measurement:
     peak_was_reset: bool = False  # whether the kernel let us restart its peak counter
     page_cache_bytes: int | None = 0  # most bytes of our files seen in the page cache; None: the kernel does not tell
     cgroup_peak_bytes: int | None = None  # the kernel's own peak; None unless this process is alone in a memory cgroup
+    peak_device_bytes: int | None = None  # torch's allocator on the CUDA device that was named (memory/device.py)
+    shares_memory: bool = False  # whether that device and the CPU share one memory
     bytes_read: int = 0  # by the store reader where its stats are given, else by this process from any disk
     stall_ns: int = 0  # time the store reader's callers waited for the disk
     seconds: float = 0.0
 
     @property
     def peak_bytes(self) -> int:
-        """The figure that a budget is held against: the cgroup's peak, else peak resident set plus page cache.
+        """The figure that a budget is held against: the cgroup's peak, else peak resident set plus page cache. With a
+        CUDA device: what that device held, and on a board whose memory is one, both.
 
         Pages of our files that are also mapped count twice in the sum: it errs upwards.
         """
-        if self.cgroup_peak_bytes is not None:
-            return self.cgroup_peak_bytes
-        return self.peak_rss_bytes + (self.page_cache_bytes or 0)
+        if self.peak_device_bytes is not None and not self.shares_memory:
+            return self.peak_device_bytes
+        host = self.cgroup_peak_bytes
+        host = self.peak_rss_bytes + (self.page_cache_bytes or 0) if host is None else host
+        return host + (self.peak_device_bytes or 0)
 
 
 def rss_bytes() -> int:
@@ -97,12 +103,21 @@ class Meter:
     """Measures from its construction (or `restart`) on; `read` gives the figures so far.
 
     files: files or folders whose page cache counts. stats: `StoreReader.stats`, for bytes read and stall time.
+    device: the number of the CUDA device that computes; shares_memory: whether its memory is the CPU's.
     `sample` looks at the page cache; call it where it may be fullest (the end of a step), since it has no kernel peak.
     """
 
-    def __init__(self, files: Iterable[Path | str] = (), stats: Callable[[], Mapping[str, int]] | None = None) -> None:
+    def __init__(
+        self,
+        files: Iterable[Path | str] = (),
+        stats: Callable[[], Mapping[str, int]] | None = None,
+        *,
+        device: int | None = None,
+        shares_memory: bool = False,
+    ) -> None:
         self._files = [Path(file) for file in files]
         self._stats = stats
+        self._device, self._shares_memory = device, shares_memory
         self._group = MemoryGroup.of_this_process()
         self.restart()
 
@@ -111,6 +126,8 @@ class Meter:
         self._peak_was_reset = reset_peak_rss()
         self._group_counts = self._group is not None and self._group.reset_peak()
         self._baseline_rss_bytes = rss_bytes()
+        if self._device is not None:
+            reset_peak_device(self._device)
         self._page_cache_bytes: int | None = 0
         self._bytes_read, self._stall_ns = self._counters()
         self._start = time.perf_counter()
@@ -132,6 +149,8 @@ class Meter:
             peak_was_reset=self._peak_was_reset,
             page_cache_bytes=self._page_cache_bytes,
             cgroup_peak_bytes=self._group.peak_bytes() if self._group is not None and self._group_counts else None,
+            peak_device_bytes=None if self._device is None else peak_device_bytes(self._device),
+            shares_memory=self._shares_memory,
             bytes_read=bytes_read - self._bytes_read,
             stall_ns=stall_ns - self._stall_ns,
             seconds=seconds,
@@ -146,11 +165,15 @@ class Meter:
 
 @contextmanager
 def measure(
-    files: Iterable[Path | str] = (), stats: Callable[[], Mapping[str, int]] | None = None
+    files: Iterable[Path | str] = (),
+    stats: Callable[[], Mapping[str, int]] | None = None,
+    *,
+    device: int | None = None,
+    shares_memory: bool = False,
 ) -> Iterator[Measurement]:
     """`with measure() as used: ...` fills `used` at the end of the block, also when it raises."""
     used = Measurement()
-    meter = Meter(files, stats)
+    meter = Meter(files, stats, device=device, shares_memory=shares_memory)
     try:
         yield used
     finally:

@@ -26,7 +26,7 @@ from chainfed_engine.memory.parts import (
     profile_bytes,
     saved_floats,
     solve_bytes,
-    stand_in_bytes,
+    statistics_bytes,
     step_bytes,
 )
 from chainfed_engine.sizes import format_size
@@ -116,7 +116,7 @@ def predict(request: Request, choices: Choices) -> Plan:
     """Predicted peak of the given choices."""
     parts = {"interpreter with torch": request.interpreter_bytes, **_weights(request, choices)}
     parts["adapters and optimizer"] = _adapter_bytes(request)
-    parts["stand-ins"] = stand_in_bytes(request)
+    parts["stand-ins"] = statistics_bytes(request)
     phases = {
         "window step": step_bytes(request, choices),
         "prefix fill": fill_bytes(request, choices),
@@ -235,6 +235,10 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
 
 def _weights(request: Request, choices: Choices) -> dict[str, int]:
     sizes = request.sizes
+    if choices.num_slots is None and request.device is not None and request.device.is_unified:
+        # Pinned slots keep their size, that of the largest file.
+        slots = (sizes.num_layers + sizes.num_head_shards) * sizes.slot_bytes
+        return {"layer slots": slots, "embedding": sizes.embedding_bytes}
     if choices.num_slots is None:
         return {"layers": sizes.layer_bytes, "head": sizes.head_bytes, "embedding": sizes.embedding_bytes}
     return {"layer slots": choices.num_slots * sizes.slot_bytes}

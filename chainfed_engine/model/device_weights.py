@@ -10,7 +10,7 @@ InPlace    the device reads the ring's own slots: no second copy. A slot stays l
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,10 +119,22 @@ class _Slot:
 
 
 class Streamed:
-    """Device slots for `num_slots` files, filled from the reader's pinned host slots (`num_host_slots` of them)."""
+    """Device slots for `num_slots` files, filled from the reader's pinned host slots (`num_host_slots` of them).
 
-    def __init__(self, reader: native.StoreReader, streams: Streams, *, num_slots: int, num_host_slots: int) -> None:
+    `file_bytes`: the size of each file, where every one has a slot to itself; None: slots hold the largest.
+    """
+
+    def __init__(
+        self,
+        reader: native.StoreReader,
+        streams: Streams,
+        *,
+        num_slots: int,
+        num_host_slots: int,
+        file_bytes: Sequence[int] | None = None,
+    ) -> None:
         self._reader, self._streams, self._num_slots = reader, streams, num_slots
+        self._file_bytes = file_bytes
         self._slots: list[_Slot] = []
         self._pending = _Pending(max(0, num_host_slots - 1))
         self._clock = 0
@@ -162,7 +174,8 @@ class Streamed:
     def _free_slot(self, file: int) -> _Slot:
         if len(self._slots) < self._num_slots:
             # The allocator may hand out memory that kernels already queued still read: the first copy waits for them.
-            memory = self._streams.slot(self._reader.slot_bytes())
+            num_bytes = self._reader.slot_bytes() if self._file_bytes is None else self._file_bytes[file]
+            memory = self._streams.slot(num_bytes)
             self._slots.append(_Slot(memory, read=self._streams.computed()))
             return self._slots[-1]
         free = [slot for slot in self._slots if slot.num_leases == 0]

@@ -18,10 +18,14 @@ from chainfed_engine.types import Batch
 
 @dataclass(frozen=True)
 class Place:
-    """`index` None: the CPU. `is_unified`: the device shares the CPU's memory (Jetson boards)."""
+    """`index` None: the CPU. `is_unified`: the device shares the CPU's memory (Jetson boards).
+
+    `library_from_tokens`: as `native.cuda_device` says.
+    """
 
     index: int | None = None
     is_unified: bool = False
+    library_from_tokens: int | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -51,7 +55,7 @@ def find_place(text: str) -> Place:
             f"[train] device: torch {torch.__version__} has no CUDA for {info['name']}; install the build of "
             'torch that belongs to this driver (for Jetson: NVIDIA\'s own), or set device = "cpu"'
         )
-    return Place(index, bool(info["is_unified"]))
+    return Place(index, bool(info["is_unified"]), info["library_from_tokens"])
 
 
 def device_of(tensor: Tensor) -> int | None:

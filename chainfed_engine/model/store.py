@@ -51,7 +51,13 @@ class LayerStore:
         if place.index is not None:
             streams = TorchStreams(place.index)
             self._device = (
-                Streamed(self._ring, streams, num_slots=self.num_slots, num_host_slots=host_slots)
+                Streamed(
+                    self._ring,
+                    streams,
+                    num_slots=self.num_slots,
+                    num_host_slots=host_slots,
+                    file_bytes=[file.file_bytes for file in info.files[1:]] if num_slots is None else None,
+                )
                 if on_device
                 else InPlace(self._ring, streams, index=place.index, num_host_slots=host_slots)
             )

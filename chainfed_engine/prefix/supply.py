@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from chainfed_engine.boundary import BoundaryCache, cache_key, wipe
+from chainfed_engine.cache_cipher import CacheCipher
 from chainfed_engine.prefix import Prefix
 from chainfed_engine.types import Batch
 
@@ -32,7 +33,9 @@ class BoundarySupply:
         origin: int,
         model_key: str,
         adapters_hash: Callable[[int], str],
+        cipher: CacheCipher | None = None,
     ) -> None:
+        self._cipher = cipher
         self.prefix, self.directory, self.depth = prefix, directory, depth
         self.origin = min(max(origin, 1), max(depth, 1))
         self._model_key, self._adapters_hash = model_key, adapters_hash
@@ -126,6 +129,7 @@ class BoundarySupply:
             self._key(depth),
             cache_format=self.prefix.cache_format,
             hidden_size=self._hidden_size,
+            cipher=self._cipher,
         )
 
     def _create(self, depth: int) -> BoundaryCache:
@@ -135,6 +139,7 @@ class BoundarySupply:
             self._key(depth),
             cache_format=self.prefix.cache_format,
             hidden_size=self._hidden_size,
+            cipher=self._cipher,
         )
 
     @property

@@ -75,7 +75,9 @@ def memory_parts(runs: Sequence[RunLog]) -> Chart | None:
     shown = [(name, {part: value / _MIB for part, value in values.items()}) for name, values in rows]
     picture = _bars(shown, [*parts, "measured peak"], "MiB", lambda value: f"{value:.0f} MiB", marks)
     lead = "What the planner counted, part by part, beside the largest resident set that the kernel saw."
-    return Chart("Memory by part", lead, picture, list(enumerate(parts)), filled=True)
+    return Chart(
+        "Memory by part", lead, picture, _legend(parts, predicted, lambda value: format_size(int(value))), filled=True
+    )
 
 
 def memory_rounds(runs: Sequence[RunLog]) -> Chart | None:
@@ -98,7 +100,7 @@ def time_total(runs: Sequence[RunLog]) -> Chart | None:
     named = [(run.name, values) for run, values in zip(runs, rows, strict=True)]
     picture = _bars(named, parts, "seconds", lambda value: f"{svg.number(round(value, 1))} s")
     lead = "Summed over the rounds. prepare: prefix and cache; train: the window's steps; other: transport and checks."
-    return Chart("Time by part", lead, picture, list(enumerate(parts)), filled=True)
+    return Chart("Time by part", lead, picture, _legend(parts, rows, lambda value: f"{value:.1f} s"), filled=True)
 
 
 def time_rounds(run: RunLog) -> Chart | None:
@@ -150,6 +152,8 @@ def windows(run: RunLog) -> Chart | None:
     for each in svg.thinned(placed, svg.MAX_POINTS):
         assert each.window is not None
         first, stop = each.window
+        if first == stop:
+            continue
         state = "part p0" if each.accepted else "part refused"
         outcome = "" if each.accepted else ", no usable update"
         label = f"round {each.index + 1}: layers {first} to {stop - 1}{outcome}"
@@ -157,6 +161,8 @@ def windows(run: RunLog) -> Chart | None:
     if run.start_layer:
         frame.reference(run.start_layer, f"start layer {run.start_layer}", below=True)
     lead = "Layers whose adapters a round trained; those above were not even loaded."
+    if any(first == stop for first, stop in (each.window for each in placed if each.window)):
+        lead += " Rounds without a box trained the classifier alone."
     return Chart("Position of the window", lead, frame.svg("window position by round"))
 
 
@@ -285,6 +291,15 @@ def _merged(plan: Mapping[str, float]) -> dict[str, float]:
         name = name.split(" (")[0]
         merged[name] = merged.get(name, 0.0) + value
     return merged
+
+
+def _legend(
+    parts: Sequence[str], rows: Sequence[Mapping[str, float]], shown: Callable[[float], str]
+) -> list[tuple[int, str]]:
+    """(style, name); with the size of a part where one run is shown, for small parts are slivers in its bar."""
+    if len(rows) > 1:
+        return list(enumerate(parts))
+    return [(style, f"{part} {shown(rows[0].get(part, 0.0))}") for style, part in enumerate(parts)]
 
 
 def _config_number(run: RunLog, table: str, key: str) -> float | None:

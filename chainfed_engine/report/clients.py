@@ -42,7 +42,7 @@ def client_rows(run: RunLog) -> list[ClientRow]:
 
 
 def participation(run: RunLog) -> Chart | None:
-    """Clients against rounds: a square where the update counted, a cross where it was refused, a dash for silence."""
+    """Clients against rounds: a box where the update counted, a cross where it was refused, a dash for silence."""
     rows = client_rows(run)
     if not rows or not run.rounds:
         return None
@@ -71,5 +71,5 @@ def participation(run: RunLog) -> Chart | None:
                 x, y = frame.x(index + 1), frame.y(places[name] + 0.5)
                 frame.add(svg.marker(7, x, y, f"{name}, round {index + 1}: no answer in time"))
     more = f"; the {len(drawn)} busiest of {len(rows)}" if len(rows) > len(drawn) else ""
-    lead = f"A square: the update counted; a cross: it was refused; a dash: no answer came in time{more}."
+    lead = f"A box: the update counted; a cross: it was refused; a dash: no answer came in time{more}."
     return Chart("Who took part", lead, frame.svg("participation of clients by round"))

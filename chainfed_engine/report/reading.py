@@ -158,7 +158,7 @@ def _take(log: RunLog, event: dict[str, Any]) -> None:
         log.rounds[index] = _round(index, event)
         log.start_layer = _first(_whole(event.get("start_layer"), MAX_LAYER), log.start_layer)
     elif kind == "memory" and index is not None:
-        if (peak := _number(event.get("peak_rss_bytes"))) is not None:
+        if (peak := _number(event.get("budget_peak_bytes", event.get("peak_rss_bytes")))) is not None:
             log.measured[index] = max(peak, log.measured.get(index, 0.0))
         log.predicted_peak_bytes = _first(_number(event.get("predicted_peak_bytes")), log.predicted_peak_bytes)
     elif kind == "eval" and index is not None:

@@ -66,7 +66,7 @@ class Frame:
         y = self.y(value)
         below = below or y < self.top + 16
         self.add(f'<line class="limit" x1="{self.left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        at = y + 13 if below else y - 4
+        at = y + 13 if below else y - 8  # above the markers of a line that runs along it
         x, anchor = (self.left + 6, "start") if left else (WIDTH - RIGHT - 4, "end")
         self.add(text(x, at, label, anchor, "note"))
 

@@ -6,6 +6,7 @@ A reason is one line and starts with `NON_FINITE` when numbers overflowed, so th
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,8 @@ from chainfed_engine.types import Arrays, Reply, Stage, Task
 NON_FINITE = "not finite"
 MAX_REASON_CHARS = 300
 _MAX_METRICS = 64
-_MAX_NAME_CHARS = 64
+_MAX_METRIC = 1e15
+_METRIC_NAME = re.compile(r"[a-z0-9_]{1,64}")
 
 
 def one_line(text: object) -> str:
@@ -77,12 +79,14 @@ def _refuse_metrics(metrics: object) -> str | None:
     if not isinstance(metrics, Mapping) or len(metrics) > _MAX_METRICS:
         return f"metrics: expected a mapping of at most {_MAX_METRICS} numbers"
     for name, value in metrics.items():
-        if not isinstance(name, str) or len(name) > _MAX_NAME_CHARS:
-            return f"metrics: expected names of at most {_MAX_NAME_CHARS} characters"
+        if not isinstance(name, str) or not _METRIC_NAME.fullmatch(name):
+            return "metrics: expected names of at most 64 small letters, digits and underscores"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return one_line(f"metric {name}: expected a number, got {type(value).__name__}")
         if not math.isfinite(value):
             return one_line(f"{NON_FINITE}: metric {name} is {value}")
+        if abs(float(value)) > _MAX_METRIC:  # sums over all clients must stay finite
+            return one_line(f"metric {name}: expected at most {_MAX_METRIC:g}, got {value}")
     return None
 
 

@@ -28,6 +28,16 @@ class Combiner:
                 f"[federation] aggregation: {config.aggregation} combines values of parameters, which clients of "
                 f'{config.method} do not send; use "mean" or "multi-krum"'
             )
+        if config.update_format != "f32" and not method.averages_values:
+            raise ConfigError(
+                f"[federation] update_format: {config.update_format} says how far parameters moved, and clients of "
+                f'{config.method} do not send parameters; use "f32"'
+            )
+        if config.late_replies != "drop" and (config.update_format != "f32" or not method.averages_values):
+            raise ConfigError(
+                '[federation] late_replies: "discount" averages trained values; it goes with update_format = "f32" and '
+                'a method whose clients send parameters; use "drop"'
+            )
         if config.dp_noise:
             self._check_private(plan)
 
@@ -53,8 +63,12 @@ class Combiner:
         )
 
     def _check_private(self, plan: Plan) -> None:
+        if self._config.late_replies != "drop":
+            raise ConfigError(
+                '[federation] dp_noise: expected late_replies = "drop"; a client may count in rounds that drew it alone'
+            )
         start = plan.fixed_start_layer()
-        profiles = start is None or bool(plan.stand_in_depths(start)) or plan.probe_rounds > 0
+        profiles = start is None or bool(plan.stand_in_depths(start)) or plan.probe_rounds + plan.refit_rounds > 0
         if profiles or not self._method.averages_values or self._config.aggregation != "mean":
             raise ConfigError(
                 "[federation] dp_noise: expected a fixed start_layer, stand_in = false, probe_rounds = 0 (statistics "

@@ -5,6 +5,7 @@ In: float32 arrays under their keys. Out: arrays and their versions, by stage; t
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
+from chainfed_engine.server.statistics import refuse_one_hot, refuse_rows, refuse_sizes, row_size
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
@@ -20,8 +22,9 @@ OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
 
 
 class GlobalModel:
-    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `fixes_classifier`:
-    whether below the top it is not trained but sent as a part of the stand-in.
+    """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `train_classifier`:
+    by which windows; unless "always", below the top it is sent as a part of the stand-in. `refits`: whether the
+    statistics of the classifier are wanted again once the features have changed.
 
     Raises InvalidArgument when a layer of `trained_layers` has no adapter, or classification no classifier.
     """
@@ -34,7 +37,8 @@ class GlobalModel:
         num_layers: int,
         trained_layers: range,
         uses_later_adapters: bool,
-        fixes_classifier: bool = False,
+        train_classifier: Literal["never", "at-top", "always"] = "always",
+        refits: bool = False,
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
@@ -42,7 +46,8 @@ class GlobalModel:
         self._trains_classifier = task == "classification"
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
-        self._fixes_classifier = fixes_classifier
+        self._train_classifier = train_classifier
+        self._refits = refits
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
                 raise InvalidArgument(f"initial: expected an adapter for layer {layer}, got none")
@@ -76,9 +81,14 @@ class GlobalModel:
 
     def trained(self, stage: Stage) -> Arrays:
         """What this stage trains, and all that an update of it may hold."""
-        trains_classifier = self._trains_classifier and self._fixed_classifier(stage) is None
-        classifier = self._trained.classifier_keys() if trains_classifier else []
+        classifier = self._trained.classifier_keys() if self.trains_classifier(stage) else []
         return self._trained.select([*self._trained.layer_keys(stage.window.layers), *classifier])
+
+    def trains_classifier(self, stage: Stage) -> bool:
+        """Whether steps of this stage train the classifier."""
+        if not self._trains_classifier or self._train_classifier == "never":
+            return False
+        return self._fixed_classifier(stage) is None
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
         """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
@@ -114,7 +124,7 @@ class GlobalModel:
     def _fixed_classifier(self, stage: Stage) -> Parameters | None:
         """Stand-in and classifier as one map, where this stage needs no more of either."""
         depth = stage.window.stop
-        if not self._fixes_classifier or stage.kind != "window" or depth not in self.stand_in_depths():
+        if self._train_classifier == "always" or stage.kind != "window" or depth not in self.stand_in_depths():
             return None
         solved = self._stand_ins.select(self._stand_ins.sorted_keys())
         return Parameters(stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(OUT_BIAS)))
@@ -126,28 +136,43 @@ class GlobalModel:
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""
         self._trained.replace(arrays)
-        self._factor = {}
+        if not self._refits:
+            self._factor = {}
 
-    def refuse_factor(self, arrays: object) -> str | None:
-        """Why these are not the statistics of a closed-form classifier, or None."""
+    def refuse_factor(self, arrays: object, *, at_most: float = np.inf) -> str | None:
+        """Why these are not the statistics of a closed-form classifier over `at_most` rows, or None."""
         if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
             return f"classifier statistics: expected {FACTOR_KEY} alone"
         num_labels, hidden_size = self.array(OUT_WEIGHT).shape
         width = hidden_size + 1 + num_labels
         factor = arrays[FACTOR_KEY]
         num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
-        return refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+        return (
+            refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+            or refuse_rows(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size, at_most=at_most)
+            or refuse_one_hot(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size)
+        )
 
-    def fit_classifier(self, statistics: list[Arrays]) -> None:
-        """The classifier that all rows seen since the features last changed ask for, these included, in this order."""
-        parts = [self._factor, *statistics] if self._factor else statistics
-        factor = classifier_fit.merge([part[FACTOR_KEY] for part in parts])
+    def refuse_sizes(self, factors: Mapping[str, Arrays], *, limit: float) -> dict[str, str]:
+        """Client -> reason for statistics whose features are out of line with the cohort's, or with those that count
+        already."""
+        ones = self.array(OUT_WEIGHT).shape[1]
+        sizes = {client: row_size(arrays[FACTOR_KEY], ones) for client, arrays in factors.items()}
+        known = row_size(self._factor[FACTOR_KEY], ones) if self._factor else None
+        return refuse_sizes(sizes, FACTOR_KEY, limit=limit, known=known)
+
+    def fit_classifier(self, statistics: list[Arrays], *, weight: float = 1.0) -> None:
+        """The classifier that all rows given so far ask for, these included, in this order. `weight`: how often these
+        count against those of other features; all together count as if it were 1."""
+        parts = [classifier_fit.weighted(part[FACTOR_KEY], weight) for part in statistics]
+        factor = classifier_fit.merge([*self._factor.values(), *parts])
         has_bias = OUT_BIAS in self._trained.classifier_keys()
-        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT)), bias=has_bias))
+        counted = classifier_fit.weighted(factor, 1 / weight)
+        self._trained.replace(classifier_fit.solve(counted, len(self.array(OUT_WEIGHT)), bias=has_bias))
         self._factor = {FACTOR_KEY: factor}
 
     def statistics(self) -> Arrays:
-        """What is kept beside the parameters: stand-ins, and the classifier's factor while the features stand."""
+        """What is kept beside the parameters: stand-ins, and the classifier's factor while it is of use."""
         return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **self._factor}
 
     def take_factor(self, saved: Arrays) -> Arrays:

@@ -6,21 +6,26 @@ train all layers at once (`server.methods` has what else sets these apart).
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, num_probe_rounds
-from chainfed_engine.types import Scalar, Stage, TaskKind, Window
+from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds
+from chainfed_engine.types import Stage, TaskKind, Window
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Raises ConfigError at once for choices that no round could keep."""
+    """`rounds_to_see_all`: after which every sample would have been seen once (None: not known).
+
+    Raises ConfigError at once for choices that no round could keep.
+    """
 
     config: ChainConfig
     num_layers: int
     task: TaskKind
+    rounds_to_see_all: int | None = None
 
     def __post_init__(self) -> None:
         if self.config.method == "chain":
@@ -32,7 +37,7 @@ class Plan:
             )
         if self.task != "classification" and self._trains_classifier_alone():
             raise ConfigError(
-                f"linear-probe and probe_rounds: expected a classification task, got {self.task}; "
+                f"linear-probe, probe_rounds and refit_rounds: expected a classification task, got {self.task}; "
                 "it has no classifier to train"
             )
 
@@ -58,26 +63,38 @@ class Plan:
 
     @property
     def probe_rounds(self) -> int:
-        """Rounds that fit the classifier in closed form."""
+        """Rounds that fit the classifier in closed form, before the first window."""
         return self._schedule(self.config.start_layer or 0).probe_rounds if self.config.method == "chain" else 0
+
+    @property
+    def refit_rounds(self) -> int:
+        """The same after the last window."""
+        return self._schedule(self.config.start_layer or 0).refit_rounds if self.config.method == "chain" else 0
 
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
 
-    def classifier_settings(self, stage: Stage, shape: tuple[int, int] | None) -> dict[str, Scalar]:
-        """Settings of a training task that say whether, and on how many rows, the classifier [C, D] is fitted."""
-        if shape is None or not self.fits_classifier(stage):
-            return {"closed_form": False}
-        num_clients = self.config.clients_per_round * self._schedule(0).probe_rounds
-        return {"closed_form": True, "max_rows": classifier_fit.max_rows(shape[1], shape[0], num_clients)}
+    def closed_form_index(self, round_id: int) -> tuple[int, int]:
+        """Which round of its phase this one is, and the phase: 0 before the windows, 1 after them."""
+        if round_id < self.probe_rounds:
+            return round_id, 0
+        return round_id - (self.rounds - self.refit_rounds), 1
 
-    def fixes_classifier(self, architecture: str, parameters: Iterable[str]) -> bool:
-        """Whether the classifier is trained at the top alone: once it was fitted, and where nothing needs it apart from
+    def row_weight(self, round_id: int) -> float:
+        """How often the rows of this closed-form round count."""
+        return classifier_fit.REFIT_WEIGHT if self.closed_form_index(round_id)[1] else 1.0
+
+    def max_rows(self, shape: tuple[int, int], clients_a_round: int) -> int:
+        """Rows that one client may give to the closed form of the classifier [C, D]."""
+        num_clients = clients_a_round * max(self.probe_rounds, self.refit_rounds)
+        return classifier_fit.max_rows(shape[1], shape[0], num_clients)
+
+    def train_classifier(self, architecture: str, parameters: Iterable[str]) -> Literal["never", "at-top", "always"]:
+        """When windows train the classifier: as configured once it was fitted, and where nothing needs it apart from
         the stand-in, as foresight does."""
-        config = self.config
-        wanted = config.train_classifier == "at-top" and config.foresight_every == 0
-        return wanted and self.probe_rounds > 0 and stand_in.is_linear_readout(architecture, parameters)
+        fitted = self.probe_rounds > 0 and stand_in.is_linear_readout(architecture, parameters)
+        return self.config.train_classifier if fitted and self.config.foresight_every == 0 else "always"
 
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
@@ -103,9 +120,16 @@ class Plan:
 
     def _schedule(self, start_layer: int) -> Schedule:
         config = self.config
-        probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self.task, config.aggregation)
-        return Schedule(config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds)
+        probe_rounds = num_probe_rounds(
+            config.probe_rounds, config.rounds, self.task, config.aggregation, self.rounds_to_see_all
+        )
+        refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
+        return Schedule(
+            config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds, refit_rounds
+        )
 
     def _trains_classifier_alone(self) -> bool:
         method = self.config.method
-        return method == "linear-probe" or (method == "chain" and bool(self.config.probe_rounds))
+        return method == "linear-probe" or (
+            method == "chain" and bool(self.config.probe_rounds or self.config.refit_rounds)
+        )

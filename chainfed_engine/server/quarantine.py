@@ -1,4 +1,5 @@
 """Which of a cohort's updates are too large to be an honest client's. In: sizes of updates; out: reasons, by client.
+Statistics are in statistics.py.
 
 An update's size is the root mean square of what it changes, so that clients that train other numbers of layers
 compare. A client with more steps may move further: its allowance grows with its steps over the cohort's median. A
@@ -40,6 +41,14 @@ def typical_size(sizes: Mapping[str, Size], last: Size | None) -> Size | None:
         return last
     norm = float(np.median([size.norm for size in sizes.values()]))
     return Size(norm, float(np.median([size.steps for size in sizes.values()])))
+
+
+def weight_cap(client_samples: Mapping[str, int], limit: float) -> int | None:
+    """The largest number of samples that a client may weigh: `limit` medians of all clients' numbers, which nobody
+    can verify. None: no limit (0), or too few clients to tell."""
+    if not limit or len(client_samples) < MIN_COHORT:
+        return None
+    return max(1, int(limit * float(np.median(list(client_samples.values())))))
 
 
 def refuse_norms(sizes: Mapping[str, Size], typical: Size | None, *, limit: float) -> dict[str, str]:

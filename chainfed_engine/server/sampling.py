@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 PROFILE_STREAM, ROUND_STREAM = 0, 1  # separate random streams: profiling must not change who trains
-LAYER_STREAM, RANK_STREAM = 2, 3  # FedRA's layers, FLoRA's ranks
+LAYER_STREAM, RANK_STREAM, DEAL_STREAM = 2, 3, 4  # FedRA's layers, FLoRA's ranks, rows of the closed form
 
 
 def sample_clients(names: Iterable[str], count: int, *, seed: int, stream: int, index: int) -> list[str]:

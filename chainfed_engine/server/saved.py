@@ -14,16 +14,17 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile
-from chainfed_engine.schedule import num_probe_rounds
+from chainfed_engine.schedule import num_probe_rounds, num_refit_rounds
 from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
 FORMAT = "chainfed-server-state"
-VERSION = 2
+VERSION = 3
 # What may change between a kill and the resume, because no bit of the result depends on it.
 _FREE_FIELDS = {
     "budget",
+    "encrypt_cache",
     "eval_every",
     "rounds",
     "deadline_seconds",
@@ -37,7 +38,8 @@ class Progress:
     """How far a run got. `stand_in_depths`: where stand-ins are fitted.
 
     `rejections`: one line of reasons for each exchange rejected in a row up to now. `typical_norm`, `typical_steps`:
-    medians of the last cohort that was large enough to tell (see quarantine.py).
+    medians of the last cohort that was large enough to tell (see quarantine.py). `awaited`: client -> the round it owes
+    an answer to (see lateness.py).
     """
 
     round_id: int
@@ -48,6 +50,7 @@ class Progress:
     only_non_finite: bool
     typical_norm: float | None
     typical_steps: float | None
+    awaited: Mapping[str, int]
 
 
 def identity(
@@ -98,6 +101,13 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
     for name in ("typical_norm", "typical_steps"):
         value = progress[name]
         _require(value is None or (type(value) is float and 0 <= value < math.inf), name, value)
+    awaited = progress["awaited"]
+    owed = (
+        isinstance(awaited, dict)
+        and set(awaited) <= set(run["client_samples"])
+        and all(map(_is_count, awaited.values()))
+    )
+    _require(owed, "awaited", awaited)
     _require_rounds(record["run"]["rounds"], run, progress["start_layer"])
     rejections = progress["rejections"]
     _require(
@@ -163,9 +173,11 @@ def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int 
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
     if config["schedule"] != "continuous":
         raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
-    chosen = config["probe_rounds"]
-    if num_probe_rounds(chosen, rounds, *rest) != num_probe_rounds(chosen, saved_rounds, *rest):
+    before, now = (num_probe_rounds(config["probe_rounds"], count, *rest) for count in (saved_rounds, rounds))
+    if before != now:
         raise ConfigError(f"{change}; that changes how many of them probe: fix probe_rounds or start a new run")
+    if num_refit_rounds(config["refit_rounds"], now, rounds):
+        raise ConfigError(f"{change}; a run ends with its refit_rounds: put it back or start a new run")
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
     if start_layer is not None and (rounds - saved_rounds) % sweep:
         raise ConfigError(f"{change}; this chain goes on by whole sweeps of {sweep} rounds, to {saved_rounds + sweep}")

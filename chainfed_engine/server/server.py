@@ -14,22 +14,25 @@ import numpy as np
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
-from chainfed_engine.schedule import learning_rate
-from chainfed_engine.server import saved
+from chainfed_engine.server import quarantine, saved
 from chainfed_engine.server.checks import is_late, one_line
+from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.lateness import Awaited, late_task
 from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.profile import ProfileCollector
 from chainfed_engine.server.quarantine import Size
-from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed, sample_clients
+from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, sample_clients
 from chainfed_engine.server.setbacks import Setbacks
 from chainfed_engine.server.summary import Summary, num_bytes
+from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.start_layer import lowest_start_layer
-from chainfed_engine.types import Arrays, ModelShape, Reply, Scalar, Stage, Task, TaskKind
+from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
+from chainfed_engine.update_format import decode
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
 
@@ -62,7 +65,8 @@ class Server:
         self.base = base
         if any(layers < 1 for layers in self.client_windows.values()):
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
-        self._plan = Plan(config, shape.num_layers, task)
+        closed_form = ClosedForm(config, self.client_samples)
+        self._plan = Plan(config, shape.num_layers, task, closed_form.rounds_to_see_all)
         method = method_class(config.method)
         self._model = GlobalModel(
             {**initial, **method.extra_state(config, initial)},
@@ -70,16 +74,30 @@ class Server:
             num_layers=shape.num_layers,
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
-            fixes_classifier=self._plan.fixes_classifier(shape.architecture, initial),
+            train_classifier=self._plan.train_classifier(shape.architecture, initial),
+            refits=self._plan.refit_rounds > 0,
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
+        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
+        self._tasks = TaskMaker(
+            config,
+            self._plan,
+            self._model,
+            self._method,
+            hidden_size=shape.hidden_size,
+            client_windows=self.client_windows,
+            closed_form=closed_form,
+            max_weight=self._max_weight,
+            base=base,
+        )
         self._holdings = Holdings()
         self._start_layer = self._plan.fixed_start_layer()
         self._profile_attempts = 0
         self._round_id = 0
         self._setbacks = Setbacks()
         self._pending: dict[str, Task] | None = None
+        self._awaited = Awaited()
         self._typical_size: Size | None = None  # of the updates of the last cohort that could tell
 
     # -- where the run stands ------------------------------------------------------------------------------------
@@ -140,47 +158,20 @@ class Server:
         )
 
     def _profile_tasks(self) -> list[Task]:
-        attempt = self._profile_attempts
-        depths = self._missing_depths()
+        attempt, depths = self._profile_attempts, self._missing_depths()
         cohort = self._cohort(self.config.profile_clients, PROFILE_STREAM, attempt)
-        needed, versions = self._model.needed(None, 0)
-        tasks = []
-        for name in cohort:
-            settings: dict[str, Scalar] = {
-                "batch_size": self.config.batch_size,
-                "num_batches": -(-stand_in.BATCHES // len(cohort)) if depths else 1,
-                "depth_start": depths.start,
-                "depth_stop": depths.stop,
-                "with_scores": int(self._start_layer is None),
-                "max_rows": -(-stand_in.rows_in_all(self.shape.hidden_size) // len(cohort)),
-                "seed": self._seed(PROFILE_STREAM, attempt, name),
-            }
-            arrays = self._lacking(name, needed, versions)
-            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self.base))
-        return tasks
+        with_scores = self._start_layer is None
+        return self._tasks.profile(cohort, attempt, depths, self._holdings, with_scores=with_scores)
 
     def _train_tasks(self) -> list[Task]:
-        config, tasks = self.config, []
-        for name in self._cohort(config.clients_per_round, ROUND_STREAM, self._round_id):
-            stage = self._method.stage(self._stage(), self._round_id, name)
-            needed, versions = self._method.needed(stage, self._known_start_layer())
-            settings: dict[str, Scalar] = {
-                "lr": learning_rate(config.lr, config.lr_decay, self._round_id, self.rounds),
-                "batch_size": config.batch_size,
-                "local_epochs": config.local_epochs,
-                "max_local_steps": config.max_local_steps,
-                "seed": self._seed(ROUND_STREAM, self._round_id, name),
-                "start_layer": self._known_start_layer(),
-                **self._plan.classifier_settings(stage, self._model.classifier_shape),
-                **self._method.settings(name),
-            }
-            arrays = self._lacking(name, needed, versions)
-            own = self._model.for_client(stage, self.client_windows.get(name))
-            tasks.append(Task("train", name, self._round_id, own, arrays, settings, versions, self.base))
-        return tasks
+        stage, start_layer = self._stage(), self._known_start_layer()
+        if self._plan.fits_classifier(stage):
+            return self._tasks.closed_form(stage, self._round_id, start_layer, self._holdings)
+        cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
+        return [self._train_task(name) for name in cohort]
 
-    def _lacking(self, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
-        return {key: needed[key] for key in self._holdings.lacking(client, versions)}
+    def _train_task(self, name: str) -> Task:
+        return self._tasks.train(name, self._stage(), self._round_id, self._known_start_layer(), self._holdings)
 
     # -- replies -------------------------------------------------------------------------------------------------
 
@@ -197,7 +188,10 @@ class Server:
         for reply in replies:
             bytes_up += num_bytes(reply.arrays)
             if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
-                num_late += 1  # dropped, and its client may still answer this exchange
+                num_late += 1  # its client may still answer this exchange
+                reason = self._receive_late(collector, reply)
+                if reason is not None:
+                    rejected[one_line(reply.client)] = reason
                 continue
             asked = isinstance(reply.client, str) and reply.client in pending
             reason = collector.add(reply) if asked else "not asked in this round"
@@ -213,7 +207,7 @@ class Server:
             summary = self._finish_round(collector, rejected, bytes_down, bytes_up)
         summary = replace(summary, silent=tuple(sorted(silent)), num_late=num_late)
         for client, task in pending.items():
-            if client in summary.clients:
+            if client in summary.clients and client not in summary.stale:
                 self._holdings.confirm(client, task.versions)
             else:
                 self._holdings.forget(client)
@@ -222,6 +216,19 @@ class Server:
         else:
             self._setbacks.rejected(summary.rejected)
         return summary
+
+    def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:
+        """Count a reply to an earlier round where that is wanted and it still fits; the reason if it is refused."""
+        wanted = self.config.late_replies == "discount" and isinstance(collector, UpdateCollector)
+        if not wanted or not isinstance(reply.client, str) or not self._awaited.owes(reply):
+            return None
+        assert isinstance(collector, UpdateCollector)
+        if self._plan.fits_classifier(self._stage()):
+            return None
+        task = late_task(self._train_task(reply.client), reply.round_id)
+        if reply.stage != task.stage:
+            return None
+        return collector.add_late(reply, task, self._round_id - reply.round_id)
 
     def believe(self, client: str, versions: object) -> None:
         """Take a client at its word about what it holds; where the word is wrong, its next task fails and it is sent
@@ -244,6 +251,8 @@ class Server:
                 depths=depths,
                 samples=self.client_samples,
                 with_scores=self._start_layer is None,
+                max_weight=self._max_weight,
+                norm_limit=self.config.norm_limit,
             )
         closed_form = self._plan.fits_classifier(self._stage())
         method = self._method
@@ -253,12 +262,14 @@ class Server:
             before=None if closed_form else method.before,
             samples=self.client_samples,
             last_size=self._typical_size,
+            max_weight=self._max_weight,
+            decode=decode if self.config.update_format == "int8" and not closed_form else None,
         )
 
     def _finish_profile(
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
-        collector.finish()
+        rejected = dict(sorted((rejected | collector.finish()).items()))
         attempt, accepted = self._profile_attempts, bool(collector.counted)
         if accepted:
             if self._start_layer is None:
@@ -281,11 +292,7 @@ class Server:
         )
 
     def _finish_round(
-        self,
-        collector: UpdateCollector,
-        rejected: dict[str, str],
-        bytes_down: int,
-        bytes_up: int,
+        self, collector: UpdateCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
         config = self.config
@@ -294,11 +301,20 @@ class Server:
             aggregation=config.aggregation,
             hostile_share=config.hostile_share,
         )
+        if self._plan.fits_classifier(stage):
+            statistics = {client: reply.arrays for client, reply in collector.usable.items()}
+            out_of_line = self._model.refuse_sizes(statistics, limit=config.norm_limit)
+            collector.drop(out_of_line)
+            rejected |= out_of_line
         if collector.usable and self._plan.fits_classifier(stage):
-            self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
+            given = [collector.usable[name].arrays for name in sorted(collector.usable)]
+            self._model.fit_classifier(given, weight=self._plan.row_weight(round_id))
         elif collector.usable:
             self._model.update(self.combiner.combine(collector.usable, stage, round_id))
         self._typical_size = collector.typical_size
+        if config.late_replies != "drop":
+            heard = {*collector.heard, *collector.late}
+            self._awaited.finish(round_id, silent=set(collector.asked) - heard, heard=heard)
         self._round_id += 1
         return Summary(
             "round",
@@ -309,6 +325,7 @@ class Server:
             bytes_down=bytes_down,
             bytes_up=bytes_up,
             stage=stage,
+            stale=dict(sorted(collector.late.items())),
             loss=collector.mean_loss(),
             totals=collector.totals(),
             start_layer=self._start_layer,
@@ -328,6 +345,7 @@ class Server:
             only_non_finite=self._setbacks.only_non_finite,
             typical_norm=self._typical_size.norm if self._typical_size else None,
             typical_steps=self._typical_size.steps if self._typical_size else None,
+            awaited=dict(self._awaited.rounds),
         )
         return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
@@ -344,6 +362,7 @@ class Server:
         self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
         self._holdings = Holdings()
         self._pending = None
+        self._awaited = Awaited(progress.awaited)
         self._round_id = progress.round_id
         self._profile_attempts = progress.profile_attempts
         self._start_layer = progress.start_layer
@@ -376,9 +395,6 @@ class Server:
 
     def _cohort(self, count: int, stream: int, index: int) -> list[str]:
         return sample_clients(self.client_samples, count, seed=self.config.seed, stream=stream, index=index)
-
-    def _seed(self, stream: int, index: int, client: str) -> int:
-        return client_seed(self.config.seed, stream, index, client)
 
     def _identity(self) -> dict[str, Any]:
         return saved.identity(self.config, self.shape, self.task, self.client_samples, self.client_windows, self.base)

@@ -16,7 +16,8 @@ class Summary:
     `follows_round`: the round before it, -1 at the start (profile only). `loss`: mean of the counted clients' losses
     weighted by samples, None without one. `totals`: every other metric, summed over the counted clients. `bytes_down`,
     `bytes_up`: bytes of arrays sent to clients and received from them. `silent`: asked and not heard of. `num_late`:
-    replies to earlier rounds, dropped. `typical_norm`: median root mean square change of the cohort's updates.
+    replies to earlier rounds; `stale`: how many rounds late those of them are that count. `typical_norm`: median root
+    mean square change of the cohort's updates.
     """
 
     kind: Literal["profile", "round"]
@@ -34,6 +35,7 @@ class Summary:
     follows_round: int = -1
     silent: tuple[str, ...] = ()
     num_late: int = 0
+    stale: Mapping[str, int] = field(default_factory=dict)
     typical_norm: float | None = None
 
 

@@ -4,13 +4,15 @@ The same reply twice counts once: networks repeat. A client that sends two diffe
 them came first must not matter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from chainfed_engine.server import quarantine
 from chainfed_engine.server.aggregate import krum_outsiders
 from chainfed_engine.server.checks import NON_FINITE, one_line, refuse_envelope
+from chainfed_engine.server.lateness import discounted
 from chainfed_engine.types import Arrays, Reply, Task
 
 LOSS = "loss"
@@ -19,7 +21,8 @@ LOSS = "loss"
 class UpdateCollector:
     """`refuse`: why the arrays of a reply do not answer its task, or None. `before`: what an update is measured from
     (None: these replies are no updates, their size says nothing). `last_size`: what was typical of the last cohort that
-    could tell."""
+    could tell. `max_weight`: what a client's samples weigh at most, whatever it says. `decode`: makes float32
+    arrays of those of a reply, or a reason."""
 
     def __init__(
         self,
@@ -29,14 +32,18 @@ class UpdateCollector:
         before: Callable[[Task], Mapping[str, np.ndarray]] | None,
         samples: Mapping[str, int],
         last_size: quarantine.Size | None = None,
+        max_weight: int | None = None,
+        decode: Callable[[object, Mapping[str, np.ndarray]], Arrays | str] | None = None,
     ) -> None:
         self._tasks = tasks
         self._refuse, self._before = refuse, before
-        self._samples = samples
+        self._decode = decode
+        self._samples, self._max_weight = samples, max_weight
         self._seen: set[str] = set()
         self._sizes: dict[str, quarantine.Size] = {}
         self.typical_size = last_size
         self.usable: dict[str, Reply] = {}
+        self.late: dict[str, int] = {}  # client -> rounds late, of those that count
 
     def add(self, reply: Reply) -> str | None:
         """Take one reply of a client that was asked; the reason if it is refused."""
@@ -44,16 +51,44 @@ class UpdateCollector:
         if reply.client in self._seen:
             return self._add_again(reply)
         self._seen.add(reply.client)
+        if self.late.pop(reply.client, None) is not None:
+            self.drop([reply.client])
+        return self._take(reply, task)
+
+    def _take(self, reply: Reply, task: Task) -> str | None:
         reason = refuse_envelope(reply, task, max_samples=self._samples[reply.client])
         if reason is None and LOSS not in reply.metrics:
             reason = f"metrics: expected {LOSS}"
         if reason is None:
+            reply, reason = self._decoded(reply)
+        if reason is None:
             reason = self._refuse(task, reply.arrays)
         if reason is None:
+            reply = self._weighed(reply)
             if self._before is not None:
                 norm = quarantine.update_norm(reply.arrays, self._before(task))
                 self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
             self.usable[reply.client] = reply
+        return reason
+
+    @property
+    def asked(self) -> Iterable[str]:
+        return self._tasks
+
+    @property
+    def heard(self) -> set[str]:
+        """Clients that were asked and answered, whatever it was."""
+        return self._seen
+
+    def add_late(self, reply: Reply, task: Task, rounds_late: int) -> str | None:
+        """Take a reply to an earlier round, as if `task` had been asked; the reason if it is refused. What its client
+        says in this round replaces it."""
+        if reply.client in self._seen or reply.client in self.late:
+            return None
+        reason = self._take(reply, task)
+        if reason is None:
+            self.usable[reply.client] = discounted(self.usable[reply.client], rounds_late)
+            self.late[reply.client] = rounds_late
         return reason
 
     def finish(self, *, norm_limit: float, aggregation: str, hostile_share: float) -> dict[str, str]:
@@ -63,13 +98,13 @@ class UpdateCollector:
         sizes = {client: self._sizes[client] for client in sorted(self.usable)}
         typical = quarantine.typical_size(sizes, self.typical_size)
         refused = quarantine.refuse_norms(sizes, typical, limit=norm_limit)
-        self._drop(refused)
+        self.drop(refused)
         if self.usable:
             self.typical_size = typical
         if aggregation == "multi-krum":
             far = krum_outsiders(self.usable, hostile_share=hostile_share)
             refused |= dict.fromkeys(far, "multi-krum: among the furthest from the other updates")
-            self._drop(refused)
+            self.drop(refused)
         return refused
 
     def mean_loss(self) -> float | None:
@@ -88,16 +123,32 @@ class UpdateCollector:
                     sums[metric] = sums.get(metric, 0.0) + float(value)
         return sums
 
-    def _add_again(self, reply: Reply) -> str | None:
-        first = self.usable.get(reply.client)
-        if first is not None and _same(first, reply):
-            return None
-        self.usable.pop(reply.client, None)
-        return "more than one reply to one task, and not the same"
-
-    def _drop(self, refused: Mapping[str, str]) -> None:
+    def drop(self, refused: Iterable[str]) -> None:
+        """These do not count after all."""
         for client in refused:
             self.usable.pop(client, None)
+            self.late.pop(client, None)
+
+    def _weighed(self, reply: Reply) -> Reply:
+        """It weighs what it says, up to the limit."""
+        most = self._max_weight
+        return replace(reply, num_samples=most) if most is not None and reply.num_samples > most else reply
+
+    def _decoded(self, reply: Reply) -> tuple[Reply, str | None]:
+        """The reply with its arrays in float32, and the reason if they cannot be read."""
+        if self._decode is None or self._before is None:
+            return reply, None
+        arrays = self._decode(reply.arrays, self._before(self._tasks[reply.client]))
+        return (reply, arrays) if isinstance(arrays, str) else (replace(reply, arrays=arrays), None)
+
+    def _add_again(self, reply: Reply) -> str | None:
+        first = self.usable.get(reply.client)
+        if first is not None and isinstance(reply.num_samples, int):
+            again, reason = self._decoded(self._weighed(reply))
+            if reason is None and _same(first, again):
+                return None
+        self.usable.pop(reply.client, None)
+        return "more than one reply to one task, and not the same"
 
 
 def num_steps(task: Task, num_samples: int) -> float:

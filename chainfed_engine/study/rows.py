@@ -90,7 +90,7 @@ def read_run(run: Run, folder: Path, version: str) -> Row:
         cpu_seconds=cpu_seconds,
         bytes_sent=bytes_sent,
         predicted_peak_bytes=max((event["predicted_peak_bytes"] for event in memory), default=0),
-        peak_rss_bytes=max((event["peak_rss_bytes"] for event in memory), default=0),
+        peak_rss_bytes=max((event.get("budget_peak_bytes", event["peak_rss_bytes"]) for event in memory), default=0),
         num_left_out=sum(len(event["left_out"]) for event in left_out),
         start_layer=starts[-1] if starts else None,
         curve=tuple(curve),

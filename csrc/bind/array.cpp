@@ -109,6 +109,7 @@ class ArrayReader {
  public:
   // Returns false when the object speaks neither protocol; throws py::error_already_set when its export fails.
   static bool read(py::handle object, Array& array) {
+    if (read_through_table(object, array)) return true;
     if (py::hasattr(object, "__dlpack__")) {
       read_dlpack(object, array);
       return true;
@@ -141,6 +142,27 @@ class ArrayReader {
     return type == kDlpackCuda && id >= 0 ? id : kElsewhere;
   }
 
+  // For objects of the very class that offers the table: a subclass may export in its own way, and methods word errors
+  // better. The table knows no refusal of arrays that take part in a gradient. Nor does it wait for a stream.
+  static bool read_through_table(py::handle object, Array& array) {
+    static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    PyObject* dict = Py_TYPE(object.ptr())->tp_dict;
+    PyObject* capsule = dict == nullptr ? nullptr : PyDict_GetItemWithError(dict, attribute);
+    if (capsule == nullptr || PyCapsule_IsValid(capsule, "dlpack_exchange_api") == 0) return false;
+    const auto* table = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    if (table->version.major != kDlpackMajor || table->export_managed == nullptr) return false;
+    const auto needs_grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), requires_grad));
+    DlpackManagedVersioned* managed = nullptr;
+    if (needs_grad.ptr() != Py_False || table->export_managed(object.ptr(), &managed) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    consume(managed, array);
+    array.read_only_ = (managed->flags & kDlpackReadOnly) != 0;
+    return true;
+  }
+
   static void read_dlpack(py::handle object, Array& array) {
     if (py::hasattr(object, "__dlpack_device__")) {
       const py::tuple device = object.attr("__dlpack_device__")();
@@ -154,24 +176,29 @@ class ArrayReader {
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       auto* managed = static_cast<DlpackManagedVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
       if (managed->version.major != kDlpackMajor) throw py::buffer_error("a DLPack version other than 1");
-      consume(managed, capsule, "used_dltensor_versioned", array);
+      take_over(capsule, "used_dltensor_versioned");
+      consume(managed, array);
       array.read_only_ = (managed->flags & kDlpackReadOnly) != 0;
     } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
       auto* managed = static_cast<DlpackManaged*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-      consume(managed, capsule, "used_dltensor", array);
+      take_over(capsule, "used_dltensor");
+      consume(managed, array);
     } else {
       throw py::buffer_error("__dlpack__ gave no DLPack capsule");
     }
   }
 
+  static void take_over(const py::object& capsule, const char* used_name) {
+    PyCapsule_SetName(capsule.ptr(), used_name);
+    PyCapsule_SetDestructor(capsule.ptr(), nullptr);
+  }
+
   template <typename Managed>
-  static void consume(Managed* managed, const py::object& capsule, const char* used_name, Array& array) {
+  static void consume(Managed* managed, Array& array) {
     array.keep_alive_ = std::shared_ptr<void>(managed, [](void* pointer) {
       auto* owned = static_cast<Managed*>(pointer);
       if (owned->deleter != nullptr) owned->deleter(owned);
     });
-    PyCapsule_SetName(capsule.ptr(), used_name);
-    PyCapsule_SetDestructor(capsule.ptr(), nullptr);
     const DlpackTensor& tensor = managed->tensor;
     array.shape_.assign(tensor.shape, tensor.shape + tensor.num_dims);
     array.dtype_ = dlpack_dtype(tensor);
@@ -236,21 +263,25 @@ void* Arguments::stream(uintptr_t handle) const {
   return reinterpret_cast<void*>(handle);
 }
 
-Array Arguments::read(const char* name, py::handle object, const std::string& expected) {
-  const std::string prefix = std::string(name) + " must be " + expected + ", C-contiguous on " +
-                             place_name(on_cuda() ? place_ : kOnCpu) + ", got ";
+// expected() words what should have come: only for an error, because it takes as long as reading.
+template <typename Expected>
+Array Arguments::read(const char* name, py::handle object, const Expected& expected) {
+  const auto refuse = [&](const std::string& what) {
+    fail(std::string(name) + " must be " + expected() + ", C-contiguous on " + place_name(on_cuda() ? place_ : kOnCpu) +
+         ", got " + what);
+  };
   Array array;
   try {
     if (!ArrayReader::read(object, array)) {
-      fail(prefix + py::cast<std::string>(py::type::of(object).attr("__name__")));
+      refuse(py::cast<std::string>(py::type::of(object).attr("__name__")));
     }
   } catch (py::error_already_set& error) {
-    fail(prefix + "an array that cannot be exported (" + python_error_text(error) + ")");
+    refuse("an array that cannot be exported (" + python_error_text(error) + ")");
   } catch (py::builtin_exception& error) {
-    fail(prefix + "an array that cannot be exported (" + error.what() + ")");
+    refuse("an array that cannot be exported (" + std::string(error.what()) + ")");
   }
   if (array.place_ == kElsewhere || (place_of_ == nullptr && place_ == kOnCpu && array.place_ != kOnCpu)) {
-    fail(prefix + "an array on " + place_name(array.place_));
+    refuse("an array on " + place_name(array.place_));
   }
   require_place(name, array.place_);
   return array;
@@ -270,15 +301,14 @@ const Array& Arguments::keep(const char* name, Array array, int64_t alignment, b
 
 const Array& Arguments::add(const char* name, py::handle object, Dtype dtype, std::initializer_list<int64_t> shape,
                             int64_t alignment, bool written) {
-  const std::vector<int64_t> wanted(shape);
-  const std::string expected = describe(dtype, wanted);
+  const auto expected = [&] { return describe(dtype, shape); };
   Array array = read(name, object, expected);
-  bool fits = array.dtype_ == dtype && array.shape_.size() == wanted.size();
-  for (size_t dim = 0; fits && dim < wanted.size(); ++dim) {
-    fits = wanted[dim] == kAny || wanted[dim] == array.shape_[dim];
+  bool fits = array.dtype_ == dtype && array.shape_.size() == shape.size();
+  for (size_t dim = 0; fits && dim < shape.size(); ++dim) {
+    fits = shape.begin()[dim] == kAny || shape.begin()[dim] == array.shape_[dim];
   }
   if (!fits || !array.contiguous_) {
-    fail(std::string(name) + " must be " + expected + ", C-contiguous on " + place_name(place_) + ", got " +
+    fail(std::string(name) + " must be " + expected() + ", C-contiguous on " + place_name(place_) + ", got " +
          (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
   }
   return keep(name, std::move(array), alignment, written);
@@ -286,10 +316,10 @@ const Array& Arguments::add(const char* name, py::handle object, Dtype dtype, st
 
 const Array& Arguments::storage(const char* name, py::handle object, Dtype dtype, int64_t count, int64_t alignment,
                                 bool written) {
-  const std::string expected = std::string(dtype_name(dtype)) + " of " + std::to_string(count) + " elements";
+  const auto expected = [&] { return std::string(dtype_name(dtype)) + " of " + std::to_string(count) + " elements"; };
   Array array = read(name, object, expected);
   if (array.dtype_ != dtype || array.num_bytes() != count * dtype_bytes(dtype) || !array.contiguous_) {
-    fail(std::string(name) + " must be " + expected + ", C-contiguous on " + place_name(place_) + ", got " +
+    fail(std::string(name) + " must be " + expected() + ", C-contiguous on " + place_name(place_) + ", got " +
          (array.contiguous_ ? "" : "a strided ") + describe(array.dtype_, array.shape_));
   }
   return keep(name, std::move(array), alignment, written);

@@ -125,7 +125,8 @@ class Arguments {
     bool written;
   };
   const Array& keep(const char* name, Array array, int64_t alignment, bool written);
-  Array read(const char* name, py::handle object, const std::string& expected);
+  template <typename Expected>
+  Array read(const char* name, py::handle object, const Expected& expected);
   static constexpr int kUndecided = -3;
   const Array& add(const char* name, py::handle object, Dtype dtype, std::initializer_list<int64_t> shape,
                    int64_t alignment, bool written);

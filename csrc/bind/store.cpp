@@ -101,9 +101,10 @@ std::shared_ptr<const Pinning> pinning_for(const std::optional<int>& device) {
     cuda::Message message{};
     check_cuda("StoreReader", table->pin(place, data, bytes, &message), message);
   };
-  pinning->unpin = [table](void* data) {
+  pinning->unpin = [place, table](void* data) {
     cuda::Message message{};
-    table->unpin(data, &message);  // at the end of a process the driver may be gone: nothing is left to unpin then
+    // At the end of a process the driver may be gone: nothing is left to unpin then.
+    table->unpin(place, data, &message);
   };
   return pinning;
 }

@@ -70,6 +70,13 @@ struct Avx2 {
       if (mask != 0) return first + __builtin_ctzll(mask);
     }
   }
+  static void replace(uint32_t* values, int64_t index, uint32_t value) {
+    auto* vector = reinterpret_cast<__m256i*>(values + index / 8 * 8);
+    const __m256i place = _mm256_set1_epi32(static_cast<int>(index % 8));
+    const __m256i here = _mm256_cmpeq_epi32(place, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m256i wanted = _mm256_set1_epi32(static_cast<int>(value));
+    _mm256_store_si256(vector, _mm256_blendv_epi8(_mm256_load_si256(vector), wanted, here));
+  }
   static Taken take(const float* values, uint32_t bits) {
     const __m256i wanted = _mm256_set1_epi32(static_cast<int>(bits));
     __m256i below = _mm256_setzero_si256(), equal[8];

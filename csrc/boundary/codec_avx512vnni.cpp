@@ -58,6 +58,11 @@ struct Avx512 {
       if (mask != 0) return first + __builtin_ctzll(mask);
     }
   }
+  static void replace(uint32_t* values, int64_t index, uint32_t value) {
+    uint32_t* vector = values + index / 16 * 16;
+    const auto here = static_cast<__mmask16>(1u << index % 16);
+    _mm512_store_si512(vector, _mm512_mask_set1_epi32(_mm512_load_si512(vector), here, static_cast<int>(value)));
+  }
   static Taken take(const float* values, uint32_t bits) {
     const __m512i wanted = _mm512_set1_epi32(static_cast<int>(bits));
     __m512i below = _mm512_setzero_si512();
@@ -85,10 +90,16 @@ struct Avx512 {
   }
   static void quantize(const float* values, float inverse, int8_t* codes) {
     const __m512 factor = _mm512_set1_ps(inverse);
+    __m512i code[4];
     for (int i = 0; i < 4; ++i) {
-      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), factor));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * i), _mm512_cvtepi32_epi8(code));
+      code[i] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + 16 * i), factor));
     }
+    // The packs work inside 128-bit quarters; the permutation restores the order. Half of what narrowing each would
+    // take.
+    const __m512i bytes =
+        _mm512_packs_epi16(_mm512_packs_epi32(code[0], code[1]), _mm512_packs_epi32(code[2], code[3]));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, bytes));
   }
 };
 

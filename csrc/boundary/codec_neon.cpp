@@ -36,6 +36,7 @@ struct Neon {
       if (mask != 0) return i + __builtin_ctz(mask);
     }
   }
+  static void replace(uint32_t* values, int64_t index, uint32_t value) { values[index] = value; }
   static Taken take(const float* values, uint32_t bits) {
     const uint32x4_t wanted = vdupq_n_u32(bits);
     uint32x4_t below = vdupq_n_u32(0);

@@ -18,6 +18,7 @@ struct Scalar {
   static int64_t first_of_largest(const uint32_t* values, int64_t count) {
     return std::max_element(values, values + count) - values;
   }
+  static void replace(uint32_t* values, int64_t index, uint32_t value) { values[index] = value; }
   static Taken take(const float* values, uint32_t bits) {
     Taken found = {0, 0};
     for (int64_t i = 0; i < kGroupSize; ++i) {

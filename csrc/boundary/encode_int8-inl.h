@@ -2,9 +2,11 @@
 //   max_bits(values)              bits of the largest magnitude of 64 values
 //   max_bits_of_8(values, out)    the same of eight groups in a row
 //   first_of_largest(v, n)        index of the first largest of n integers (n a multiple of 16, 64-byte alignment)
+//   replace(v, i, value)          v[i] = value, stored as widely as first_of_largest loads: a load that finds a
+//   narrower
+//                                 store on its way waits until that has reached the cache
 //   take(values, bits)            one pass over 64 values: a bit for each whose magnitude has these bits, and the bits
-//   of
-//                                 the largest magnitude below
+//                                 of the largest magnitude below
 //   scales(max, n, half, inv)     group_scale() of n groups (n a multiple of 16)
 //   quantize(values, inv, codes)  64 codes; anything in the place of an outlier
 // Included by one file an instruction set; everything has internal linkage.
@@ -77,7 +79,7 @@ void take_outlier(int64_t slot, int64_t whole_groups, int64_t padded_groups, Tok
   token.num_columns = slot + 1;
   token.taken[group] |= equal & -equal;
   // What is larger has been taken already: the next is of the same magnitude or the largest below.
-  if ((equal & (equal - 1)) == 0) token.max_bits[group] = found.below;
+  if ((equal & (equal - 1)) == 0) Simd::replace(token.max_bits, group, found.below);
 }
 
 // Eight bytes at a time, up to seven too many: they lie in the outliers' slots, which are written afterwards. A call of

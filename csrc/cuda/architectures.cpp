@@ -1,6 +1,7 @@
-// Which devices a build runs on; no CUDA in it, so that tests reach it.
+// Which devices a build runs on, and how products run there; no CUDA in it, so that tests reach it.
 #include <cstdlib>
 
+#include "cuda/crossover.h"
 #include "cuda/runtime.h"
 
 namespace chainfed::cuda {
@@ -16,6 +17,14 @@ bool runs_on(const char* architectures, int architecture) {
     at = *end == ',' ? end + 1 : end;
   }
   return newest > 0 && architecture > newest;
+}
+
+int64_t crossover_of(int architecture) {
+  int64_t from_tokens = kNever;
+  for (const Crossover& row : kCrossovers) {
+    if (row.architecture <= architecture) from_tokens = row.from_tokens;
+  }
+  return from_tokens;
 }
 
 }  // namespace chainfed::cuda

@@ -14,10 +14,10 @@
 
 namespace chainfed::cuda {
 
-struct Uint4 {
+struct alignas(16) Uint4 {
   uint32_t x, y, z, w;
 };
-struct Uint2 {
+struct alignas(8) Uint2 {
   uint32_t x, y;
 };
 // Sizes of a grid in blocks.
@@ -95,6 +95,12 @@ CHAINFED_DEVICE float half_value(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+// Two floats as bf16, `low` in the low bits.
+CHAINFED_DEVICE uint32_t bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 CHAINFED_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;

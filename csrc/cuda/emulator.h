@@ -54,6 +54,9 @@ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 inline uint16_t half_bits(float value) { return float_to_f16(value); }
 inline float half_value(uint16_t bits) { return f16_to_float(bits); }
+inline uint32_t bf16_pair(float low, float high) {
+  return static_cast<uint32_t>(float_to_bf16(high)) << 16 | float_to_bf16(low);
+}
 uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c);
 uint32_t half2_mul(uint32_t a, uint32_t b);
 uint32_t half2_add(uint32_t a, uint32_t b);

@@ -11,7 +11,7 @@ namespace chainfed::cuda {
 template <BlockFormat F, Direction D>
 using FewTokens = MmaLinear<F, D, 1, 1, 4, 4>;  // 16 x 256
 template <BlockFormat F, Direction D>
-using SomeTokens = MmaLinear<F, D, 4, 1, 4, 4>;  // 64 x 256
+using SomeTokens = MmaLinear<F, D, 4, 1, 4, F == BlockFormat::int8 ? 3 : 4>;  // 64 x 256; four of int8's are too large
 template <BlockFormat F, Direction D>
 using ManyTokens = MmaLinear<F, D, 4, 2, 2, 3>;  // 128 x 128
 constexpr int64_t kFewTokens = 16, kSomeTokens = 64;

@@ -9,10 +9,14 @@ namespace chainfed::cuda {
 // Weights are at most 1; as halves they are stored 2^14 times as large, so that 2^-38 is still told from nothing.
 constexpr float kWeightScale = 16384.0f;
 
+// Where the weights go; none: only the sums are wanted.
+enum class WeightsAs : uint8_t { none, floats, halves, bf16 };
+
 // One token a block. Folds logits [M, num_rows] of vocabulary rows first_row.. into running_max and running_sum, notes
 // the target's logit, and leaves exp(z - new max), 0 for the target (finish adds its part exactly):
-//   halves != null  as f16 in the order of the grad product, [M, cols], zeros beyond num_rows, times kWeightScale
-//   else            in place of the logits
+//   halves  as f16 in the order of the grad product, [M, cols], zeros beyond num_rows, times kWeightScale
+//   bf16    as bf16 row-major, [M, cols], zeros beyond num_rows
+//   floats  in place of the logits
 // With grad, multiplies the token's gradient by exp(old max - new max). A row with a NaN, or whose maximum is not
 // finite, gets running_max = running_sum = NaN for good and weights of zero.
 struct SoftmaxTile {
@@ -21,12 +25,12 @@ struct SoftmaxTile {
     int64_t num_rows, first_row;
     const int64_t* targets;
     float *running_max, *running_sum, *target_logit;
-    uint16_t* halves;
+    WeightsAs as;
+    uint16_t* packed;  // halves or bf16
     int64_t cols;
     float* row_scale;  // [M], set to 1 / kWeightScale; with halves
     float* grad;       // [M, hidden_size] or null
     int64_t hidden_size;
-    bool keep_weights;  // false: only the sums are wanted
   };
   static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 256;
   static Grid grid(int64_t num_tokens) { return {num_tokens, 1, 1}; }
@@ -47,7 +51,7 @@ struct SoftmaxTile {
       const float nan = bits_float(0x7FC00000u);
       a.running_max[token] = dead ? nan : new_max;
       a.running_sum[token] = dead ? nan : old_sum * keep + sum;
-      if (a.halves != nullptr) a.row_scale[token] = 1.0f / kWeightScale;
+      if (a.as == WeightsAs::halves) a.row_scale[token] = 1.0f / kWeightScale;
     }
     if (a.grad == nullptr || dead || keep == 1.0f) return;
     for (int64_t i = thread_index(); i < a.hidden_size; i += kThreads) a.grad[token * a.hidden_size + i] *= keep;
@@ -75,31 +79,29 @@ struct SoftmaxTile {
   // This thread's part of the sum; writes its weights.
   CHAINFED_DEVICE static float weigh(const Args& a, float* z, int64_t target, bool dead, float max) {
     float sum = 0;
-    if (a.halves == nullptr) {
+    if (a.as == WeightsAs::none || a.as == WeightsAs::floats) {
       for (int64_t i = thread_index(); i < a.num_rows; i += kThreads) {
         const float weight = dead ? 0.0f : exponential(z[i] - max);
         sum += weight;
-        if (a.keep_weights) z[i] = i == target ? 0.0f : weight;
+        if (a.as == WeightsAs::floats) z[i] = i == target ? 0.0f : weight;
       }
       return sum;
     }
-    auto* out = reinterpret_cast<uint32_t*>(a.halves + block_x() * a.cols);
+    const bool in_tile_order = a.as == WeightsAs::halves;
+    auto* out = reinterpret_cast<uint32_t*>(a.packed + block_x() * a.cols);
     for (int64_t i = thread_index(); i < a.cols / 2; i += kThreads) {
       float weights[2];
       for (int e = 0; e < 2; ++e) {
         const int position = static_cast<int>(i % 16) * 2 + e;
-        const int64_t row = i / 16 * 32 + source_of_position(Direction::grad, position);
+        const int64_t row = i / 16 * 32 + (in_tile_order ? source_of_position(Direction::grad, position) : position);
         weights[e] = dead || row >= a.num_rows ? 0.0f : exponential(z[row] - max);
         sum += weights[e];
         if (row == target) weights[e] = 0.0f;
       }
-      out[i] = halves_of(weights);
+      out[i] = in_tile_order ? halves(weights[0] * kWeightScale, weights[1] * kWeightScale)
+                             : bf16_pair(weights[0], weights[1]);
     }
     return sum;
-  }
-
-  CHAINFED_DEVICE static uint32_t halves_of(const float (&w)[2]) {
-    return halves(w[0] * kWeightScale, w[1] * kWeightScale);
   }
 };
 

@@ -5,11 +5,13 @@
 #include <dlfcn.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
 
 #include "chainfed/error.h"
+#include "cuda/prepare.h"
 
 namespace chainfed::cuda {
 namespace {
@@ -61,13 +63,15 @@ bool find(void* file, const char* name, Function& function) {
   return function != nullptr;
 }
 
-Library* load() {
-  void* file = nullptr;
-  for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"}) {
-    if (file == nullptr) file = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-  }
-  if (file == nullptr) return nullptr;
-  auto* library = new Library{};  // for the life of the process
+#ifdef CHAINFED_CUBLASLT  // the emulated build has one of its own
+constexpr const char* kNames[] = {CHAINFED_CUBLASLT};
+#else
+constexpr const char* kNames[] = {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so.11", "libcublasLt.so"};
+#endif
+
+// For the life of the process; null when a function is missing or the library cannot work with this driver.
+Library* open(void* file) {
+  auto library = std::make_unique<Library>();
   const bool found = find(file, "cublasLtCreate", library->create) &&
                      find(file, "cublasLtMatmulDescCreate", library->product_create) &&
                      find(file, "cublasLtMatmulDescDestroy", library->product_destroy) &&
@@ -79,10 +83,28 @@ Library* load() {
                      find(file, "cublasLtMatmulPreferenceSetAttribute", library->preference_set) &&
                      find(file, "cublasLtMatmulAlgoGetHeuristic", library->choose) &&
                      find(file, "cublasLtMatmul", library->multiply);
-  return found && library->create(&library->handle) == 0 ? library : nullptr;
+  return found && library->create(&library->handle) == 0 ? library.release() : nullptr;
+}
+
+// The one that the process has already, torch's, before any other: a second copy costs hundreds of MiB, and one of
+// another version may want another driver.
+Library* load() {
+  for (const int already : {RTLD_NOLOAD, 0}) {
+    for (const char* name : kNames) {
+      void* file = dlopen(name, RTLD_NOW | RTLD_LOCAL | already);
+      Library* library = file == nullptr ? nullptr : open(file);
+      if (library != nullptr) return library;
+      if (file != nullptr) dlclose(file);
+    }
+  }
+  return nullptr;
 }
 
 void require(Status status, const char* what) {
+  constexpr Status kAllocationFailed = 3;
+  if (status == kAllocationFailed) {
+    throw OutOfMemory("cuBLASLt: out of memory for " + std::string(what) + "; set a smaller [memory] budget");
+  }
   if (status != 0) throw Error("cuBLASLt: " + std::string(what) + " failed with status " + std::to_string(status));
 }
 
@@ -102,6 +124,12 @@ class Descriptor {
   Handle handle_ = nullptr;
 };
 
+constexpr size_t kOwnBytes = kLibraryWorkspaceBytes - 256;
+
+void* round_up_to_256(void* pointer) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(pointer) + 255) / 256 * 256);
+}
+
 uint32_t alignment_of(const void* pointer, int64_t stride_bytes) {
   uint32_t alignment = 256;
   while ((reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride_bytes)) % alignment != 0) alignment /= 2;
@@ -116,7 +144,7 @@ Algorithm choose(Library& library, const Library::Key& key, Handle product, Hand
   if (known != library.chosen.end()) return known->second;
   Descriptor preference(library.preference_destroy);
   require(library.preference_create(preference.fill()), "a preference");
-  const auto bytes = static_cast<size_t>(kLibraryWorkspaceBytes);
+  const size_t bytes = kOwnBytes;
   require(library.preference_set(preference.get(), kWorkspaceBytes, &bytes, sizeof bytes), "a preference");
   for (int i = 0; i < 4; ++i) {
     require(library.preference_set(preference.get(), kAlignmentA + i, &alignments[i], sizeof alignments[i]),
@@ -124,13 +152,27 @@ Algorithm choose(Library& library, const Library::Key& key, Handle product, Hand
   }
   Heuristic found{};
   int num_found = 0;
-  require(library.choose(library.handle, product, a, b, d, d, preference.get(), 1, &found, &num_found),
-          "the choice of an algorithm");
-  if (num_found < 1) throw Error("cuBLASLt: knows no algorithm for this product");
+  const Status status = library.choose(library.handle, product, a, b, d, d, preference.get(), 1, &found, &num_found);
+  constexpr Status kNotSupported = 15;
+  if (status != kNotSupported) require(status, "the choice of an algorithm");
+  if (status != 0 || num_found < 1 || found.state != 0 || found.workspace_bytes > bytes) {
+    throw UnsupportedHardware("cuBLASLt: knows no algorithm for this product of " + std::to_string(std::get<3>(key)) +
+                              " tokens; set CHAINFED_CUDA_LIBRARY_FROM to a larger number (int4, nf4 and int8 layers "
+                              "do without it)");
+  }
   return library.chosen[key] = found.algorithm;
 }
 
 }  // namespace
+
+// out = bias and then out += product: the library reads a bias 16 bytes at a time.
+void product_onto_bias(void* opened, Stream stream, LibraryCall call) {
+  launch<BiasRows>(stream, BiasRows::grid(call.num_tokens),
+                   {call.bias, call.num_rows, call.out, call.out_stride, call.accumulate});
+  call.bias = nullptr;
+  call.accumulate = true;
+  library_product(opened, stream, call);
+}
 
 // One handle a device: it belongs to the device that is current.
 void* open_library() { return load(); }
@@ -138,6 +180,7 @@ void* open_library() { return load(); }
 // Column-major, as the library counts: D [outputs, tokens] = op(W) X. Rows of ours are columns of its.
 void library_product(void* opened, Stream stream, const LibraryCall& call) {
   auto& library = *static_cast<Library*>(opened);
+  if (reinterpret_cast<uintptr_t>(call.bias) % 16 != 0) return product_onto_bias(opened, stream, call);
   const bool forward = call.direction == Direction::forward;
   const int64_t outputs = forward ? call.num_rows : call.num_cols, summed = forward ? call.num_cols : call.num_rows;
   Descriptor product(library.product_destroy), a(library.layout_destroy), b(library.layout_destroy);
@@ -175,8 +218,7 @@ void library_product(void* opened, Stream stream, const LibraryCall& call) {
   const Algorithm algorithm = choose(library, key, product.get(), a.get(), b.get(), d.get(), alignments);
   const float one = 1.0f, beta = call.accumulate ? 1.0f : 0.0f;
   require(library.multiply(library.handle, product.get(), &one, call.w, a.get(), call.x, b.get(), &beta, call.out,
-                           d.get(), call.out, d.get(), &algorithm, call.workspace,
-                           static_cast<size_t>(kLibraryWorkspaceBytes), stream),
+                           d.get(), call.out, d.get(), &algorithm, round_up_to_256(call.workspace), kOwnBytes, stream),
           "a product");
 }
 

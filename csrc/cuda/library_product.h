@@ -10,7 +10,8 @@
 
 namespace chainfed::cuda {
 
-constexpr int64_t kLibraryWorkspaceBytes = int64_t{8} << 20;
+// With room to start at a multiple of 256, which the library wants.
+constexpr int64_t kLibraryWorkspaceBytes = (int64_t{8} << 20) + 256;
 
 struct LibraryCall {
   Direction direction;

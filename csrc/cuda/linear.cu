@@ -11,7 +11,9 @@
 namespace chainfed::cuda {
 namespace {
 
-constexpr int64_t kScratchBytes = int64_t{24} << 20;  // decoded weights at a time
+// Decoded weights at a time: the largest matrix of an 8B model whole (112 MiB). Parts of a matrix leave processors idle
+// in each product's last wave, and going back each part adds to the result in memory. docs/LOG.md has the arithmetic.
+constexpr int64_t kScratchBytes = int64_t{128} << 20;
 
 int64_t summed_length(const LinearCall& call) {
   return call.direction == Direction::forward ? call.w.num_cols : call.w.num_rows;
@@ -99,8 +101,7 @@ void library(const Device& device, Stream stream, const LinearCall& call, void* 
     const int64_t end = std::min(w.num_rows, row + rows_in_block);
     const uint16_t* weights = static_cast<const uint16_t*>(w.codes);
     if (pieces.weights != nullptr) {
-      launch<ToBf16Rows>(stream, ToBf16Rows::grid(end - row, stride),
-                         {w, tiles_in_row(w.format, w.num_cols), row, end, stride, pieces.weights});
+      decode_rows(stream, w, row, end, stride, pieces.weights);
       weights = pieces.weights;
     }
     library_product(device.library, stream,
@@ -112,6 +113,12 @@ void library(const Device& device, Stream stream, const LinearCall& call, void* 
 }
 
 }  // namespace
+
+void decode_rows(Stream stream, const MatrixView& w, int64_t row_begin, int64_t row_end, int64_t stride,
+                 uint16_t* out) {
+  launch<ToBf16Rows>(stream, ToBf16Rows::grid(row_end - row_begin, stride),
+                     {w, tiles_in_row(w.format, w.num_cols), row_begin, row_end, stride, out});
+}
 
 bool is_tiled(BlockFormat format) { return format != BlockFormat::bf16 && format != BlockFormat::f32; }
 

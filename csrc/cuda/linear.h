@@ -18,8 +18,7 @@ namespace chainfed::cuda {
 struct Device {
   int index = 0;
   int num_processors = 1;
-  // From this many tokens on the library product is used; INT64_MAX where cuBLASLt is missing. Set by measurement
-  // (bench/cuda); runtime.cu holds the defaults.
+  // From this many tokens on the library product is used; INT64_MAX where cuBLASLt is missing. Defaults: crossover.h.
   int64_t library_from_tokens = INT64_MAX;
   void* library = nullptr;  // of library_product.h
 };
@@ -46,6 +45,9 @@ struct FusedCall {
 void fused_linear(const Device& device, Stream stream, const FusedCall& call);
 int64_t fused_partial_floats(const Device& device, Direction direction, int64_t num_tokens, int64_t num_rows,
                              int64_t num_cols);
+
+// Rows [row_begin, row_end) of w, whole tiles, as bf16, `stride` (a multiple of 8) apart.
+void decode_rows(Stream stream, const MatrixView& w, int64_t row_begin, int64_t row_end, int64_t stride, uint16_t* out);
 
 bool is_tiled(BlockFormat format);
 int64_t tiles_in_row(BlockFormat format, int64_t num_cols);

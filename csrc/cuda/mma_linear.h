@@ -202,18 +202,25 @@ struct SumSplits {
     int64_t splits, num_tokens, num_outputs;
     bool accumulate;
   };
-  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
+  // A block: one token, kOutputs outputs. No index is divided: that alone would take as long as the sums.
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0, kOutputs = 4 * kThreads;
   static Grid grid(int64_t num_tokens, int64_t num_outputs) {
-    return {(num_tokens * num_outputs + kThreads - 1) / kThreads, 1, 1};
+    return {num_tokens, (num_outputs + kOutputs - 1) / kOutputs, 1};
   }
   CHAINFED_DEVICE static void run(const Args& a, unsigned char*) {
-    const int64_t count = a.num_tokens * a.num_outputs, i = block_x() * kThreads + thread_index();
-    if (i >= count) return;
-    float sum = 0;
-    for (int64_t split = 0; split < a.splits; ++split) sum += a.partial[split * count + i];
-    sum *= a.row_scale[i / a.num_outputs];
-    if (a.bias != nullptr) sum += a.bias[i % a.num_outputs];
-    a.out[i] = a.accumulate ? a.out[i] + sum : sum;
+    const int64_t count = a.num_tokens * a.num_outputs;
+    const float scale = a.row_scale[block_x()];
+    CHAINFED_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t output = block_y() * kOutputs + j * kThreads + thread_index();
+      if (output >= a.num_outputs) return;
+      const int64_t i = block_x() * a.num_outputs + output;
+      float sum = 0;
+      for (int64_t split = 0; split < a.splits; ++split) sum += a.partial[split * count + i];
+      sum *= scale;
+      if (a.bias != nullptr) sum += a.bias[output];
+      a.out[i] = a.accumulate ? a.out[i] + sum : sum;
+    }
   }
 };
 

@@ -85,7 +85,8 @@ struct Prepare {
   }
 };
 
-// f32 [M, length] to bf16 [M, stride], zeros beyond length: the activations of the library product.
+// f32 [M, length] to bf16 [M, stride], a multiple of 8, zeros beyond length: the activations of the library product. A
+// thread converts four values, read at once where rows allow it.
 struct ToBf16 {
   struct Args {
     const float* x;
@@ -96,9 +97,36 @@ struct ToBf16 {
   static Grid grid(int64_t num_tokens) { return {num_tokens, 1, 1}; }
   CHAINFED_DEVICE static void run(const Args& a, unsigned char*) {
     const float* row = a.x + block_x() * a.length;
-    uint16_t* out = a.out + block_x() * a.stride;
-    for (int64_t i = thread_index(); i < a.stride; i += kThreads) {
-      out[i] = i < a.length ? float_to_bf16(row[i]) : uint16_t{0};
+    auto* out = reinterpret_cast<Uint2*>(a.out + block_x() * a.stride);
+    const bool aligned = a.length % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+    for (int64_t i = thread_index(); i < a.stride / 4; i += kThreads) {
+      float v[4];
+      if (aligned && 4 * i < a.length) {
+        const Uint4 bits = reinterpret_cast<const Uint4*>(row)[i];
+        v[0] = bits_float(bits.x), v[1] = bits_float(bits.y), v[2] = bits_float(bits.z), v[3] = bits_float(bits.w);
+      } else {
+        for (int e = 0; e < 4; ++e) v[e] = 4 * i + e < a.length ? row[4 * i + e] : 0.0f;
+      }
+      out[i] = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])};
+    }
+  }
+};
+
+// out[t] = bias (or += bias), rows `stride` apart.
+struct BiasRows {
+  struct Args {
+    const float* bias;  // [N]
+    int64_t num_outputs;
+    float* out;
+    int64_t stride;
+    bool accumulate;
+  };
+  static constexpr int kThreads = 256, kMinBlocks = 1, kSharedBytes = 0;
+  static Grid grid(int64_t num_tokens) { return {num_tokens, 1, 1}; }
+  CHAINFED_DEVICE static void run(const Args& a, unsigned char*) {
+    float* out = a.out + block_x() * a.stride;
+    for (int64_t i = thread_index(); i < a.num_outputs; i += kThreads) {
+      out[i] = a.accumulate ? out[i] + a.bias[i] : a.bias[i];
     }
   }
 };

@@ -9,9 +9,13 @@
 #include <string>
 #include <vector>
 
+#include "cuda/crossover.h"
 #include "cuda/library_product.h"
 
 namespace chainfed::cuda {
+
+void check(cudaError_t status, const char* what);  // launch.h declares it to nvcc alone
+
 namespace {
 
 std::string version_text(int version) {
@@ -27,6 +31,37 @@ std::string driver_remedy() {
          "; update the driver (JetPack), or rebuild with that CUDA toolkit's nvcc";
 }
 
+// The driver's current context of a thread, which torch's copy of the runtime and this one share.
+struct Contexts {
+  int (*get)(void** context) = nullptr;  // cuCtxGetCurrent
+  int (*set)(void* context) = nullptr;   // cuCtxSetCurrent
+};
+
+template <typename Function>
+void find_in_driver(const char* name, Function& function) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 4000, cudaEnableDefault, &result), "a function of the driver");
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), "a function of the driver");
+#endif
+  if (found == nullptr || result != cudaDriverEntryPointSuccess) {
+    throw UnsupportedHardware("CUDA: the driver has no " + std::string(name) + "; " + driver_remedy());
+  }
+  function = reinterpret_cast<Function>(found);
+}
+
+const Contexts& contexts() {
+  static const Contexts found = [] {
+    Contexts functions;
+    find_in_driver("cuCtxGetCurrent", functions.get);
+    find_in_driver("cuCtxSetCurrent", functions.set);
+    return functions;
+  }();
+  return found;
+}
+
 int attribute(int device, cudaDeviceAttr which) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "a device attribute");
@@ -38,21 +73,21 @@ int architecture_of(int device) {
          attribute(device, cudaDevAttrComputeCapabilityMinor);
 }
 
-// Where decoding once and the library's product overtake the fused one. Per weight the detour costs 4.5 bytes of memory
-// traffic, the fused kernel (mma.sync) the difference in tensor throughput: with published figures for H100 and A100
-// about 700 and 1100 tokens. An estimate until bench/cuda has run on such a device; boards with narrow memory never.
 int64_t default_library_from_tokens(int architecture) {
   if (const char* text = std::getenv("CHAINFED_CUDA_LIBRARY_FROM")) {
     const long long tokens = std::atoll(text);
     if (tokens < 1) throw InvalidArgument("CHAINFED_CUDA_LIBRARY_FROM must be a number of tokens, at least 1");
     return tokens;
   }
-  if (architecture >= 90) return 768;
-  return architecture == 80 ? 1024 : INT64_MAX;
+  return crossover_of(architecture);
 }
 
 std::unique_ptr<Device> open_device(int index) {
   const int architecture = architecture_of(index);
+  if (architecture < 80) {
+    throw UnsupportedHardware("cuda:" + std::to_string(index) + " is of architecture sm_" +
+                              std::to_string(architecture) + "; the kernels need sm_80 (Ampere) or newer");
+  }
   if (!runs_on(built_architectures(), architecture)) {
     throw UnsupportedHardware("cuda:" + std::to_string(index) + " is of architecture sm_" +
                               std::to_string(architecture) + ", this build has code for " + built_architectures() +
@@ -77,6 +112,10 @@ void check(cudaError_t status, const char* what) {
     case cudaErrorInsufficientDriver:
     case cudaErrorNoDevice:
     case cudaErrorInitializationError:
+    case cudaErrorStubLibrary:
+    case cudaErrorSystemNotReady:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice:
       throw UnsupportedHardware(text + "; " + driver_remedy());
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
@@ -88,6 +127,8 @@ void check(cudaError_t status, const char* what) {
     case cudaErrorInvalidDevice:
     case cudaErrorInvalidValue:
       throw InvalidArgument(text);
+    case cudaErrorInvalidResourceHandle:
+      throw InvalidArgument(text + "; the stream must be one of the arrays' device");
     default:
       throw Error(text + "; an earlier kernel may be the cause (CUDA_LAUNCH_BLOCKING=1 names it)");
   }
@@ -142,17 +183,14 @@ DeviceInfo device_info(int index) {
   return info;
 }
 
-CurrentDevice::CurrentDevice(int index) : previous_(-1) {
-  int now = 0;
-  check(cudaGetDevice(&now), "the current device");
-  if (now == index) return;
+// Not by cudaGetDevice and cudaSetDevice back: since CUDA 12 the latter makes a context, hundreds of MiB, on a device
+// that this thread never used.
+CurrentDevice::CurrentDevice(int index) : previous_(nullptr) {
+  contexts().get(&previous_);
   check(cudaSetDevice(index), "choosing a device");
-  previous_ = now;
 }
 
-CurrentDevice::~CurrentDevice() {
-  if (previous_ >= 0) cudaSetDevice(previous_);
-}
+CurrentDevice::~CurrentDevice() { contexts().set(previous_); }
 
 void copy_to_device(Stream stream, void* to, const void* from_host, int64_t bytes) {
   check(cudaMemcpyAsync(to, from_host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
@@ -168,7 +206,8 @@ void unpin(void* host) { check(cudaHostUnregister(host), "unpinning host memory"
 
 const void* device_pointer(const void* host) {
   void* pointer = nullptr;
-  check(cudaHostGetDevicePointer(&pointer, const_cast<void*>(host), 0), "the device's view of pinned memory");
+  check(cudaHostGetDevicePointer(&pointer, const_cast<void*>(host), 0),
+        "the device's address of memory that must be pinned");
   return pointer;
 }
 

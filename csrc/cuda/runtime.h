@@ -1,5 +1,5 @@
-// Devices and memory: runtime.cu by the CUDA runtime, emulated_runtime.cpp for the tests. All may throw chainfed
-// errors.
+// Devices and memory, by the CUDA runtime; the emulated build has one of its own (tests/csrc/fake_cuda). All may throw
+// chainfed errors.
 #pragma once
 #include <cstdint>
 
@@ -16,7 +16,7 @@ Device& device(int index);
 DeviceInfo device_info(int index);
 const char* built_architectures();
 
-// Makes a device the calling thread's current one for the length of a call.
+// Makes a device the calling thread's current one for the length of a call, and leaves the thread's context as it was.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index);
@@ -24,7 +24,7 @@ class CurrentDevice {
   CurrentDevice(const CurrentDevice&) = delete;
 
  private:
-  int previous_;
+  void* previous_;
 };
 
 void copy_to_device(Stream stream, void* to, const void* from_host, int64_t bytes);

@@ -98,8 +98,8 @@ Status run_pin(int32_t index, void* host, int64_t bytes, Message* message) {
   return on_device(index, message, [&](Device&) { pin(host, bytes); });
 }
 
-Status run_unpin(void* host, Message* message) {
-  return guarded(message, [&] { unpin(host); });
+Status run_unpin(int32_t index, void* host, Message* message) {
+  return on_device(index, message, [&](Device&) { unpin(host); });
 }
 
 Status find_pointer(int32_t index, const void* host, const void** pointer, Message* message) {

@@ -9,7 +9,7 @@
 
 namespace chainfed::cuda {
 
-constexpr uint32_t kTableVersion = 1;
+constexpr uint32_t kTableVersion = 2;
 
 enum class Status : int32_t { ok, invalid_argument, unsupported_hardware, out_of_memory, failed };
 struct Message {
@@ -49,7 +49,7 @@ struct Table {
                            Message* message);
   // Page-lock host memory and map it into the device's address space; both may wait for the device.
   Status (*pin)(int32_t device, void* host, int64_t bytes, Message* message);
-  Status (*unpin)(void* host, Message* message);
+  Status (*unpin)(int32_t device, void* host, Message* message);
   // The device's address of a byte of pinned memory.
   Status (*device_pointer)(int32_t device, const void* host, const void** pointer, Message* message);
 };

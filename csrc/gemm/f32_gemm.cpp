@@ -7,6 +7,7 @@
 #include "base/thread_pool.h"
 #include "base/workspace.h"
 #include "quant/decode_tiles.h"
+#include "quant/tile.h"
 
 namespace chainfed {
 namespace {
@@ -48,7 +49,14 @@ void decode_panel(const Product& product, int64_t panel, int64_t q_begin, int64_
     return;
   }
   const int64_t half = width == kGemmPanelCols ? 16 : 16 / width * width * kGemmDepth;
+  const int64_t per_row = tiles_per_row(w), codes = tile_bytes(w.format);
+  const bool tiled = w.format != BlockFormat::bf16 && w.format != BlockFormat::f32;
   for (int64_t t = 0; t < divide_up(depth, kTileRows); ++t) {
+    if (tiled &&
+        panel + 1 < per_row) {  // the next panel's tile: a page away from its neighbours, out of any prefetcher's sight
+      const char* next = static_cast<const char*>(w.codes) + ((q_begin / kTileRows + t) * per_row + panel + 1) * codes;
+      for (int64_t line = 0; line < codes; line += 64) __builtin_prefetch(next + line, 0, 2);
+    }
     product.decode.by_row(w, q_begin / kTileRows + t, panel, out + t * kTileRows * width, width, half);
   }
 }

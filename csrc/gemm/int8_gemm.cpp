@@ -26,51 +26,69 @@ struct Chunk {
   float* out;  // of the chunk's first token
 };
 
-// A panel that sticks out of the matrix goes through `edge`.
-void multiply_group(const Chunk& chunk, const WeightTile* tiles, int64_t panel, int64_t group, int64_t first_tile,
-                    int64_t num_tiles, const float* start) {
-  const int64_t group_tokens = chunk.level.group_tokens, num_rows = chunk.w.num_rows;
+// Tasks [begin, end): panels, and parts of the groups of tokens. Their sums are [task][token][row].
+struct Batch {
+  int64_t begin, end, num_parts;
+  int64_t panel(int64_t task) const { return task / num_parts; }
+  int64_t first_group(int64_t task, int64_t num_groups) const { return num_groups * (task % num_parts) / num_parts; }
+  int64_t end_group(int64_t task, int64_t num_groups) const { return num_groups * (task % num_parts + 1) / num_parts; }
+};
+
+// Where a block's sums come from and go to: the bias before the first block, out after the last, between them `sums`. A
+// panel that sticks out of the matrix goes to out through `edge`.
+void multiply_group(const Chunk& chunk, const WeightBlock& weights, int64_t panel, int64_t group, int64_t first_tile,
+                    int64_t num_tiles, const float* start, float* sums) {
+  const int64_t group_tokens = chunk.level.group_tokens, panel_rows = chunk.level.panel_rows;
   const int64_t token = group * group_tokens, tokens = std::min(group_tokens, chunk.num_tokens - token);
   const uint8_t* activations = chunk.groups + (group * chunk.num_tiles + first_tile) * group_tile_bytes(group_tokens);
-  const int64_t row = panel * kInt8PanelRows, width = std::min(kInt8PanelRows, num_rows - row);
+  const float* from = first_tile == 0 ? start : sums;
+  const int64_t from_stride = first_tile == 0 ? 0 : panel_rows;
+  const auto multiply = [&](float* to, int64_t to_stride) {
+    chunk.kernels.multiply(weights, activations, num_tiles, tokens, from, from_stride, to, to_stride);
+  };
+  if (first_tile + num_tiles < chunk.num_tiles) return multiply(sums, panel_rows);
+  const int64_t num_rows = chunk.w.num_rows, row = panel * panel_rows, width = std::min(panel_rows, num_rows - row);
   float* out = chunk.out + token * num_rows + row;
-  if (width == kInt8PanelRows) {
-    chunk.kernels.multiply(tiles, activations, num_tiles, tokens, start, out, num_rows);
-    return;
-  }
-  alignas(64) float edge[kMaxGroupTokens * kInt8PanelRows] = {};
-  for (int64_t t = 0; start == nullptr && t < tokens; ++t) {
-    std::memcpy(edge + t * kInt8PanelRows, out + t * num_rows, width * sizeof(float));
-  }
-  chunk.kernels.multiply(tiles, activations, num_tiles, tokens, start, edge, kInt8PanelRows);
-  for (int64_t t = 0; t < tokens; ++t) {
-    std::memcpy(out + t * num_rows, edge + t * kInt8PanelRows, width * sizeof(float));
+  if (width == panel_rows) return multiply(out, num_rows);
+  alignas(64) float edge[kMaxGroupTokens * kWidePanelRows];
+  multiply(edge, panel_rows);
+  for (int64_t t = 0; t < tokens; ++t) std::memcpy(out + t * num_rows, edge + t * panel_rows, width * sizeof(float));
+}
+
+void multiply_batch(const Chunk& chunk, const Batch& batch, float* sums) {
+  const int64_t group_tokens = chunk.level.group_tokens, panel_rows = chunk.level.panel_rows;
+  const int64_t num_groups = divide_up(chunk.num_tokens, group_tokens);
+  // Blocks of equal size, or 18 tiles would be 16 and an expensive 2.
+  const int64_t block_tiles = divide_up(chunk.num_tiles, divide_up(chunk.num_tiles, kInt8BlockTiles));
+  alignas(64) WeightBlock weights;
+  alignas(64) float start[kWidePanelRows] = {};
+  for (int64_t first_tile = 0; first_tile < chunk.num_tiles; first_tile += block_tiles) {
+    const int64_t num_tiles = std::min(block_tiles, chunk.num_tiles - first_tile);
+    for (int64_t task = batch.begin; task < batch.end; ++task) {
+      const int64_t panel = batch.panel(task), row = panel * panel_rows;
+      chunk.kernels.unpack(chunk.w, panel, first_tile, num_tiles, &weights);
+      if (chunk.bias != nullptr && first_tile == 0) {
+        std::copy(chunk.bias + row, chunk.bias + std::min(row + panel_rows, chunk.w.num_rows), start);
+      }
+      const int64_t begin = batch.first_group(task, num_groups);
+      for (int64_t g = begin; g < batch.end_group(task, num_groups); ++g) {
+        const int64_t place = (task - batch.begin) * kInt8ChunkTokens + (g - begin) * group_tokens;
+        multiply_group(chunk, weights, panel, g, first_tile, num_tiles, start, sums + place * panel_rows);
+      }
+    }
   }
 }
 
 void multiply_chunk(const Chunk& chunk) {
-  const int64_t num_panels = divide_up(chunk.w.num_rows, kInt8PanelRows);
+  const int64_t num_panels = divide_up(chunk.w.num_rows, chunk.level.panel_rows);
   const int64_t num_groups = divide_up(chunk.num_tokens, chunk.level.group_tokens);
   // Few panels: share the groups out too, and let each part unpack the panel for itself.
   const int64_t num_parts = std::clamp<int64_t>(divide_up(2 * num_threads(), num_panels), 1, num_groups);
-  // Blocks of equal size, or 18 tiles would be 16 and an expensive 2.
-  const int64_t block_tiles = divide_up(chunk.num_tiles, divide_up(chunk.num_tiles, kInt8BlockTiles));
+  const int64_t batch_tasks = kInt8SumRows / chunk.level.panel_rows;
   parallel_ranges(num_panels * num_parts, [&](int64_t begin, int64_t end, int) {
-    alignas(64) WeightTile tiles[kInt8BlockTiles];
-    alignas(64) float start[kInt8PanelRows];
-    for (int64_t first_tile = 0; first_tile < chunk.num_tiles; first_tile += block_tiles) {
-      const int64_t num_tiles = std::min(block_tiles, chunk.num_tiles - first_tile);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t panel = task / num_parts, part = task % num_parts;
-        chunk.kernels.unpack(chunk.w, panel, first_tile, num_tiles, tiles);
-        for (int64_t n = 0; n < kInt8PanelRows; ++n) {
-          const int64_t row = panel * kInt8PanelRows + n;
-          start[n] = chunk.bias != nullptr && row < chunk.w.num_rows ? chunk.bias[row] : 0.0f;
-        }
-        for (int64_t g = num_groups * part / num_parts; g < num_groups * (part + 1) / num_parts; ++g) {
-          multiply_group(chunk, tiles, panel, g, first_tile, num_tiles, first_tile == 0 ? start : nullptr);
-        }
-      }
+    alignas(64) float sums[kInt8SumRows * kInt8ChunkTokens];
+    for (int64_t task = begin; task < end; task += batch_tasks) {
+      multiply_batch(chunk, {task, std::min(end, task + batch_tasks), num_parts}, sums);
     }
   });
 }

@@ -49,21 +49,20 @@ struct DotWide {
 };
 
 template <int Tokens>
-inline void load_sums(const float* start, const float* out, int64_t row_stride, float sums[][kInt8PanelRows]) {
+inline void load_sums(const float* from, int64_t stride, float sums[][kInt8PanelRows]) {
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
-    const float* base = start != nullptr ? start : out + t * row_stride;
-    _mm256_store_ps(sums[t], _mm256_loadu_ps(base));
-    _mm256_store_ps(sums[t] + 8, _mm256_loadu_ps(base + 8));
+    _mm256_store_ps(sums[t], _mm256_loadu_ps(from + t * stride));
+    _mm256_store_ps(sums[t] + 8, _mm256_loadu_ps(from + t * stride + 8));
   }
 }
 
 template <int Tokens>
-inline void store_sums(const float sums[][kInt8PanelRows], int64_t row_stride, float* out) {
+inline void store_sums(const float sums[][kInt8PanelRows], float* to, int64_t stride) {
 #pragma GCC unroll 4
   for (int t = 0; t < Tokens; ++t) {
-    _mm256_storeu_ps(out + t * row_stride, _mm256_load_ps(sums[t]));
-    _mm256_storeu_ps(out + t * row_stride + 8, _mm256_load_ps(sums[t] + 8));
+    _mm256_storeu_ps(to + t * stride, _mm256_load_ps(sums[t]));
+    _mm256_storeu_ps(to + t * stride + 8, _mm256_load_ps(sums[t] + 8));
   }
 }
 
@@ -82,12 +81,12 @@ inline void add_dots(const WeightTile& w, const uint8_t* group, int t, __m256i f
 }
 
 template <typename Dot, int Tokens>
-void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* start, float* out,
-                     int64_t row_stride) {
+void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* from,
+                     int64_t from_stride, float* to, int64_t to_stride) {
   // The eight dots, two weights, one broadcast and one product need the registers; the f32 sums live in L1. The empty
   // asm says that somebody may look at them, or the compiler keeps them in registers and spills the dots instead.
   alignas(32) float sums[Tokens][kInt8PanelRows];
-  load_sums<Tokens>(start, out, row_stride, sums);
+  load_sums<Tokens>(from, from_stride, sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(kGroup)) {
     __asm__ volatile("" : : "r"(sums) : "memory");
     const WeightTile& w = tiles[tile];
@@ -111,7 +110,7 @@ void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_
     for (int t = 0; t < Tokens; ++t) add_dots(w, group, t, dot[t][0].total(), dot[t][1].total(), sums[t]);
   }
   __asm__ volatile("" : : "r"(sums) : "memory");
-  store_sums<Tokens>(sums, row_stride, out);
+  store_sums<Tokens>(sums, to, to_stride);
 }
 
 // ---- int8: 16-bit products of column pairs, codes [pair][row][2] ----
@@ -142,10 +141,10 @@ inline void multiply_add(__m256i& sum, __m256i weights, __m256i x) {
 }
 
 template <int Tokens>
-void multiply_pairs(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* start, float* out,
-                    int64_t row_stride) {
+void multiply_pairs(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* from,
+                    int64_t from_stride, float* to, int64_t to_stride) {
   alignas(32) float sums[Tokens][kInt8PanelRows];
-  load_sums<Tokens>(start, out, row_stride, sums);
+  load_sums<Tokens>(from, from_stride, sums);
   // All of them first: a broadcast of what has just been stored waits.
   alignas(32) int16_t wide[kInt8BlockTiles][Tokens][kTileCols];
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -177,10 +176,10 @@ void multiply_pairs(const WeightTile* tiles, const uint8_t* group, int64_t num_t
     for (int t = 0; t < Tokens; ++t) add_dots(w, group, t, dot[t][0], dot[t][1], sums[t]);
   }
   __asm__ volatile("" : : "r"(sums) : "memory");
-  store_sums<Tokens>(sums, row_stride, out);
+  store_sums<Tokens>(sums, to, to_stride);
 }
 
-using Multiply = void (*)(const WeightTile*, const uint8_t*, int64_t, const float*, float*, int64_t);
+using Multiply = void (*)(const WeightTile*, const uint8_t*, int64_t, const float*, int64_t, float*, int64_t);
 template <typename Dot>
 constexpr Multiply kMultiply[kGroup] = {&multiply_tokens<Dot, 1>, &multiply_tokens<Dot, 2>, &multiply_tokens<Dot, 3>,
                                         &multiply_tokens<Dot, 4>};
@@ -188,15 +187,16 @@ constexpr Multiply kMultiplyPairs[kGroup] = {&multiply_pairs<1>, &multiply_pairs
                                              &multiply_pairs<4>};
 
 template <const Multiply* Functions>
-void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens, const float* start,
-              float* out, int64_t row_stride) {
-  Functions[num_tokens - 1](tiles, group, num_tiles, start, out, row_stride);
+void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
+              const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Functions[num_tokens - 1](weights.tiles, group, num_tiles, from, from_stride, to, to_stride);
 }
 
 }  // namespace
 
 const Int8Level kInt8Avx2 = {kGroup,
-                             &pack<kGroup>,
+                             kInt8PanelRows,
+                             &pack<kGroup, ScaledSums>,
                              {{&unpack<UnpackInt4>, &multiply<kMultiply<DotNarrow>>},
                               {&unpack<UnpackNf4<kNf4Codebook7>>, &multiply<kMultiply<DotWide>>},
                               {&unpack<UnpackPairs>, &multiply<kMultiplyPairs>}}};

@@ -17,10 +17,10 @@ inline void add_quad(const uint8_t* codes, const int8x16_t x[Tokens], int32x4_t 
 }
 
 template <int Tokens>
-void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* start, float* out,
-                     int64_t row_stride) {
+void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, const float* from,
+                     int64_t from_stride, float* to, int64_t to_stride) {
   alignas(16) Sums sums;
-  load_sums(start, out, row_stride, Tokens, sums);
+  load_sums(from, from_stride, Tokens, sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(kGroup)) {
     __asm__ volatile("" : : "r"(sums) : "memory");  // or the compiler keeps the sums in registers and spills the dots
     const WeightTile& w = tiles[tile];
@@ -44,21 +44,22 @@ void multiply_tokens(const WeightTile* tiles, const uint8_t* group, int64_t num_
       for (int i = 0; i < 4; ++i) add_dots(w, group, t, i, dot[t][i], sums);
     }
   }
-  store_sums(sums, row_stride, Tokens, out);
+  store_sums(sums, Tokens, to, to_stride);
 }
 
-using Multiply = void (*)(const WeightTile*, const uint8_t*, int64_t, const float*, float*, int64_t);
+using Multiply = void (*)(const WeightTile*, const uint8_t*, int64_t, const float*, int64_t, float*, int64_t);
 constexpr Multiply kMultiply[kGroup] = {&multiply_tokens<1>, &multiply_tokens<2>, &multiply_tokens<3>,
                                         &multiply_tokens<4>};
 
-void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens, const float* start,
-              float* out, int64_t row_stride) {
-  kMultiply[num_tokens - 1](tiles, group, num_tiles, start, out, row_stride);
+void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
+              const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  kMultiply[num_tokens - 1](weights.tiles, group, num_tiles, from, from_stride, to, to_stride);
 }
 
 }  // namespace
 
 const Int8Level kInt8Dotprod = {kGroup,
+                                kInt8PanelRows,
                                 &pack<Quads>,
                                 {{&unpack<UnpackInt4, Quads>, &multiply},
                                  {&unpack<UnpackNf4, Quads>, &multiply},

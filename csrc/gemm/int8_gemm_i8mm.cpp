@@ -7,9 +7,9 @@ namespace {
 
 template <int Pairs>
 void multiply_pairs(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
-                    const float* start, float* out, int64_t row_stride) {
+                    const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   alignas(16) Sums sums = {};
-  load_sums(start, out, row_stride, num_tokens, sums);
+  load_sums(from, from_stride, num_tokens, sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(kGroup)) {
     __asm__ volatile("" : : "r"(sums) : "memory");  // or the compiler keeps the sums in registers and spills the dots
     const WeightTile& w = tiles[tile];
@@ -40,21 +40,22 @@ void multiply_pairs(const WeightTile* tiles, const uint8_t* group, int64_t num_t
       }
     }
   }
-  store_sums(sums, row_stride, num_tokens, out);
+  store_sums(sums, num_tokens, to, to_stride);
 }
 
-void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens, const float* start,
-              float* out, int64_t row_stride) {
+void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
+              const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   if (num_tokens > 2) {
-    multiply_pairs<2>(tiles, group, num_tiles, num_tokens, start, out, row_stride);
+    multiply_pairs<2>(weights.tiles, group, num_tiles, num_tokens, from, from_stride, to, to_stride);
   } else {
-    multiply_pairs<1>(tiles, group, num_tiles, num_tokens, start, out, row_stride);
+    multiply_pairs<1>(weights.tiles, group, num_tiles, num_tokens, from, from_stride, to, to_stride);
   }
 }
 
 }  // namespace
 
 const Int8Level kInt8I8mm = {kGroup,
+                             kInt8PanelRows,
                              &pack<Octets>,
                              {{&unpack<UnpackInt4, Octets>, &multiply},
                               {&unpack<UnpackNf4, Octets>, &multiply},

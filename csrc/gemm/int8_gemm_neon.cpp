@@ -43,12 +43,12 @@ inline int8x16_t broadcast_4(const uint8_t* bytes) {
 }
 
 template <typename Dot>
-void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens, const float* start,
-              float* out, int64_t row_stride) {
+void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
+              const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   alignas(16) Sums sums;
-  load_sums(start, out, row_stride, num_tokens, sums);
+  load_sums(from, from_stride, num_tokens, sums);
   for (int64_t tile = 0; tile < num_tiles; ++tile, group += group_tile_bytes(kGroup)) {
-    const WeightTile& w = tiles[tile];
+    const WeightTile& w = weights.tiles[tile];
     for (int64_t t = 0; t < num_tokens; ++t) {
       Dot dot;
       dot.clear();
@@ -64,12 +64,13 @@ void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, 
       for (int i = 0; i < 4; ++i) add_dots(w, group, t, i, dot.rows(i), sums);
     }
   }
-  store_sums(sums, row_stride, num_tokens, out);
+  store_sums(sums, num_tokens, to, to_stride);
 }
 
 }  // namespace
 
 const Int8Level kInt8Neon = {kGroup,
+                             kInt8PanelRows,
                              &pack<Quads>,
                              {{&unpack<UnpackInt4, Quads>, &multiply<DotNarrow>},
                               {&unpack<UnpackNf4, Quads>, &multiply<DotWide>},

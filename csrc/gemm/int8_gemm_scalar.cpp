@@ -75,7 +75,8 @@ void unpack_row(const MatrixView& w, int64_t index, int row, int panel_row, Weig
 }
 
 template <BlockFormat Format>
-void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightTile* tiles) {
+void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightBlock* weights) {
+  WeightTile* tiles = weights->tiles;
   for (int64_t t = 0; t < num_tiles; ++t) {
     std::memset(&tiles[t], 0, sizeof(WeightTile));
     for (int panel_row = 0; panel_row < kInt8PanelRows; ++panel_row) {
@@ -87,23 +88,24 @@ void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_
 }
 
 template <typename Code>
-void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, int64_t num_tokens, const float* start,
-              float* out, int64_t row_stride) {
+void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tiles, int64_t num_tokens,
+              const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int64_t n = 0; n < kInt8PanelRows; ++n) {
-      float sum = start != nullptr ? start[n] : out[t * row_stride + n];
+      float sum = from[t * from_stride + n];
       for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const WeightTile& w = weights.tiles[tile];
         const uint8_t* activations = group + tile * group_tile_bytes(kGroup);
         const auto* x = reinterpret_cast<const int8_t*>(activations) + t * kTileCols;
         const auto* scales = reinterpret_cast<const float*>(activations + kGroup * kTileCols);
         int dot = 0;
         for (int64_t col = 0; col < kTileCols; ++col) {
-          dot += static_cast<Code>(tiles[tile].codes[col / 4 * kInt8PanelRows * 4 + n * 4 + col % 4]) * x[col];
+          dot += static_cast<Code>(w.codes[col / 4 * kInt8PanelRows * 4 + n * 4 + col % 4]) * x[col];
         }
-        sum += static_cast<float>(dot) * (tiles[tile].scale[n] * scales[t]);
-        sum += tiles[tile].offset[n] * scales[kGroup + t];
+        sum += static_cast<float>(dot) * (w.scale[n] * scales[t]);
+        sum += w.offset[n] * scales[kGroup + t];
       }
-      out[t * row_stride + n] = sum;
+      to[t * to_stride + n] = sum;
     }
   }
 }
@@ -111,6 +113,7 @@ void multiply(const WeightTile* tiles, const uint8_t* group, int64_t num_tiles, 
 }  // namespace
 
 const Int8Level kInt8Scalar = {kGroup,
+                               kInt8PanelRows,
                                &pack,
                                {{&unpack<BlockFormat::int4>, &multiply<uint8_t>},
                                 {&unpack<BlockFormat::nf4>, &multiply<uint8_t>},

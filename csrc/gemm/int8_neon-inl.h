@@ -157,7 +157,8 @@ struct UnpackInt8 {
 };
 
 template <typename Unpack, typename Arrangement>
-void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightTile* tiles) {
+void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightBlock* weights) {
+  WeightTile* tiles = weights->tiles;
   for (int half = 0; half < 2; ++half) {
     const int64_t row_tile = panel * 2 + half;
     const int64_t index = row_tile * tiles_per_row(w) + first_tile;
@@ -179,16 +180,15 @@ void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_
 
 using Sums = float[kGroup][kInt8PanelRows];
 
-inline void load_sums(const float* start, const float* out, int64_t row_stride, int64_t num_tokens, Sums& sums) {
+inline void load_sums(const float* from, int64_t stride, int64_t num_tokens, Sums& sums) {
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const float* base = start != nullptr ? start : out + t * row_stride;
-    for (int i = 0; i < kInt8PanelRows; i += 4) vst1q_f32(sums[t] + i, vld1q_f32(base + i));
+    for (int i = 0; i < kInt8PanelRows; i += 4) vst1q_f32(sums[t] + i, vld1q_f32(from + t * stride + i));
   }
 }
 
-inline void store_sums(const Sums& sums, int64_t row_stride, int64_t num_tokens, float* out) {
+inline void store_sums(const Sums& sums, int64_t num_tokens, float* to, int64_t stride) {
   for (int64_t t = 0; t < num_tokens; ++t) {
-    for (int i = 0; i < kInt8PanelRows; i += 4) vst1q_f32(out + t * row_stride + i, vld1q_f32(sums[t] + i));
+    for (int i = 0; i < kInt8PanelRows; i += 4) vst1q_f32(to + t * stride + i, vld1q_f32(sums[t] + i));
   }
 }
 

@@ -43,8 +43,17 @@ inline __m256i codes_of_32(const float* x, __m256 inverse) {
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-// Four times 32 inputs: codes, sx, and s = sx * (sum of codes).
-inline void quantise_4x32(const float* x, __m256i codes[4], float scales[4], float scaled_sums[4]) {
+// What a group holds beside the scales.
+struct ScaledSums {
+  static __m128i of(__m128 scale, __m128i sum) { return _mm_castps_si128(_mm_mul_ps(scale, _mm_cvtepi32_ps(sum))); }
+};
+struct MinusZeroPoint {  // of a WideBlock: -128 times the sum
+  static __m128i of(__m128, __m128i sum) { return _mm_sub_epi32(_mm_setzero_si128(), _mm_slli_epi32(sum, 7)); }
+};
+
+// Four times 32 inputs: codes, sx, and what Sums makes of sx and the sum of codes.
+template <typename Sums>
+inline void quantise_4x32(const float* x, __m256i codes[4], float scales[4], float sums[4]) {
   // Magnitudes compare as integers, and NaN and Inf lie above all finite values.
   __m256i magnitudes[4];
   for (int i = 0; i < 4; ++i, x += kTileCols) {
@@ -67,10 +76,10 @@ inline void quantise_4x32(const float* x, __m256i codes[4], float scales[4], flo
   __m128 scale = _mm_and_ps(usable, _mm_mul_ps(absmax, _mm_set1_ps(1.0f / 127.0f)));
   scale = _mm_or_ps(scale, infinite);  // all ones is a NaN
   _mm_storeu_ps(scales, scale);
-  _mm_storeu_ps(scaled_sums, _mm_mul_ps(scale, _mm_cvtepi32_ps(sum_of_each(codes))));
+  _mm_storeu_ps(sums, _mm_castsi128_ps(Sums::of(scale, sum_of_each(codes))));
 }
 
-template <int64_t Group>
+template <int64_t Group, typename Sums>
 void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group) {
   for (int64_t t = 0; t < Group; ++t) {
     for (int64_t tile = 0; tile < num_tiles; tile += 4) {
@@ -84,7 +93,7 @@ void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tile
       }
       __m256i codes[4];
       float scales[4], sums[4];
-      quantise_4x32(source, codes, scales, sums);
+      quantise_4x32<Sums>(source, codes, scales, sums);
       for (int64_t i = 0; i < count; ++i) {
         uint8_t* target = group + (tile + i) * group_tile_bytes(Group);
         auto* target_scales = reinterpret_cast<float*>(target + Group * kTileCols);
@@ -156,7 +165,8 @@ struct UnpackInt8 {
 };
 
 template <typename Unpack>
-void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightTile* tiles) {
+void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightBlock* weights) {
+  WeightTile* tiles = weights->tiles;
   for (int half = 0; half < 2; ++half) {
     const int64_t row_tile = panel * 2 + half;
     const int64_t index = row_tile * tiles_per_row(w) + first_tile;

@@ -17,7 +17,7 @@ struct DecodeTiles {
 };
 
 // Indexed by BlockFormat.
-extern const DecodeTiles kDecodeTilesScalar[5], kDecodeTilesAvx2[5], kDecodeTilesNeon[5];
+extern const DecodeTiles kDecodeTilesScalar[5], kDecodeTilesAvx2[5], kDecodeTilesAvx512[5], kDecodeTilesNeon[5];
 // The table of the SIMD level in force.
 const DecodeTiles& decode_tiles(BlockFormat format);
 

@@ -57,8 +57,8 @@ void by_row(const MatrixView& w, int64_t row_tile, int64_t tile, float* out, int
 template <BlockFormat Format>
 constexpr DecodeTiles kDecode = {&by_column<Format>, &by_row<Format>};
 
-constexpr SimdTable<const DecodeTiles*> kTable = CHAINFED_LEVELS(kDecodeTilesScalar, kDecodeTilesAvx2, kDecodeTilesAvx2,
-                                                                 kDecodeTilesNeon, kDecodeTilesNeon, kDecodeTilesNeon);
+constexpr SimdTable<const DecodeTiles*> kTable = CHAINFED_LEVELS(
+    kDecodeTilesScalar, kDecodeTilesAvx2, kDecodeTilesAvx512, kDecodeTilesNeon, kDecodeTilesNeon, kDecodeTilesNeon);
 
 }  // namespace
 

@@ -253,11 +253,15 @@ def test_a_task_for_someone_else_or_of_no_kind_is_an_error_reply() -> None:
     assert client.handle(_task(stage=None)).error is not None
 
 
-def test_statistics_of_the_classifier_take_no_more_rows_than_asked_for() -> None:
+def test_statistics_of_the_classifier_take_the_samples_asked_for_and_none_twice() -> None:
     trainer = RecordingTrainer()
-    client = _client(trainer)
-    for max_rows in (1, 3, 10**6):
-        reply = client.handle(_task(settings={"closed_form": True, "max_rows": max_rows}))
+    client, seen = _client(trainer), []
+    for first in range(0, client.num_samples, 3):
+        reply = client.handle(_task(settings={"closed_form": True, "first_row": first, "num_rows": 3}))
         assert reply.error is None and reply.metrics["loss"] == 0.5 and reply.arrays.keys() == {"classifier.factor"}
-        seen = [name for batch in trainer.batches for name in batch.sample_ids]
-        assert len(seen) == len(set(seen)) == min(max_rows, client.num_samples)
+        names = [name for batch in trainer.batches for name in batch.sample_ids]
+        assert len(names) == min(3, client.num_samples - first)
+        seen += names
+    assert len(set(seen)) == len(seen) == client.num_samples
+    beyond = client.handle(_task(settings={"closed_form": True, "first_row": 10**6, "num_rows": 3}))
+    assert beyond.error is not None and "1000000" in beyond.error

@@ -17,6 +17,12 @@ using namespace testing;
 using cuda::Device;
 using cuda::Precision;
 
+// Opened once: it is kept for the life of the process.
+static void* the_library() {
+  static void* opened = cuda::open_library();
+  return opened;
+}
+
 struct Loss {
   std::vector<float> loss, grad;
 };
@@ -78,7 +84,7 @@ TEST(loss_and_gradient_match_float64) {
       const Oracle expected = oracle(matrix->view, hidden, targets, weight);
       Device plain, with_library;
       plain.num_processors = 4;
-      with_library.library = cuda::open_library();
+      with_library.library = the_library();
       with_library.library_from_tokens = 1;
       const struct {
         const Device& device;
@@ -96,6 +102,24 @@ TEST(loss_and_gradient_match_float64) {
         CHECK(relative_error(loss_only.loss.data(), expected.loss) < mode.budget);
       }
     }
+  }
+}
+
+TEST(more_tokens_than_a_chunk_holds_are_the_same_tokens) {
+  const int64_t tokens = 2050, D = 9, rows = 20;
+  const auto matrix = random_matrix(BlockFormat::int4, rows, D);
+  const std::vector<float> hidden = normal(tokens * D, 1), weight = normal(tokens, 2);
+  std::vector<int64_t> targets(tokens);
+  for (int64_t t = 0; t < tokens; ++t) targets[t] = t % rows;
+  const Oracle expected = oracle(matrix->view, hidden, targets, weight);
+  Device plain, with_library;
+  with_library.library = the_library();
+  with_library.library_from_tokens = 1;
+  for (const Device* device : {&plain, &with_library}) {
+    const Loss got = losses(*device, Precision::fast, matrix->view, hidden, targets, &weight, rows);
+    const double budget = device == &plain ? 3e-3 : 2e-2;
+    CHECK(relative_error(got.loss.data(), expected.loss) < budget);
+    CHECK(relative_error(got.grad.data(), expected.grad) < budget);
   }
 }
 
@@ -121,7 +145,7 @@ TEST(the_head_of_a_large_vocabulary_needs_at_most_64_mib) {
     for (bool library : {false, true}) {
       Device device;
       device.num_processors = processors;
-      if (library) device.library = cuda::open_library(), device.library_from_tokens = 256;
+      if (library) device.library = the_library(), device.library_from_tokens = 256;
       for (int64_t tokens : {1, 64, 512, 2048, 16384}) {
         for (int64_t hidden_size : {2048, 4096, 8192}) {
           const int64_t bytes =

@@ -2,6 +2,8 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cuda/boundary.h"
+#include "cuda/crossover.h"
 #include "cuda/fused.h"
 #include "cuda/library_product.h"
 #include "cuda/linear.h"
@@ -14,6 +16,12 @@ using namespace testing;
 using cuda::Device;
 using cuda::Direction;
 using cuda::Precision;
+
+// Opened once: it is kept for the life of the process.
+static void* the_library() {
+  static void* opened = cuda::open_library();
+  return opened;
+}
 
 // Two factors of 11 bits each, and for nf4 a third rounding of table and scale: 2 to 3 e-4 of the product.
 constexpr double kFusedBudget = 1e-3;
@@ -124,7 +132,7 @@ void check_shape(BlockFormat format, const Shape& s) {
   double exact[2], fast[2], library[2];
   errors(Precision::exact, exact);
   errors(Precision::fast, fast);
-  device.library = cuda::open_library();
+  device.library = the_library();
   device.library_from_tokens = 1;
   errors(Precision::fast, library);
   const double budget = cuda::is_tiled(format) ? kFusedBudget : kExactBudget;
@@ -138,6 +146,48 @@ TEST(products_match_float64_at_odd_sizes) {
   for (BlockFormat format : kFormats) {
     for (const Shape& shape : odd_shapes()) check_shape(format, shape);
   }
+}
+
+// The decoded scratch is bf16 of the exact weight, zero in the padding, for every format and part of a matrix.
+TEST(rows_decode_to_bf16_with_zeros_behind_them) {
+  for (BlockFormat format : kFormats) {
+    const int64_t rows = 27, cols = 75, stride = 80;
+    const auto matrix = random_matrix(format, rows, cols);
+    for (int64_t begin : {0, 8}) {
+      Buffer out((rows - begin) * stride * 2);
+      cuda::decode_rows(nullptr, matrix->view, begin, rows, stride, out.as<uint16_t>());
+      CHECK(out.guard_intact());
+      for (int64_t row = begin; row < rows; ++row) {
+        for (int64_t col = 0; col < stride; ++col) {
+          const float got = bf16_to_float(out.as<uint16_t>()[(row - begin) * stride + col]);
+          const double expected = col < cols ? decoded(matrix->view, row, col) : 0.0;
+          CHECK_IN(std::fabs(got - expected) <= std::fabs(expected) / 256, "%s (%ld, %ld)", block_format_name(format),
+                   long(row), long(col));
+        }
+      }
+    }
+  }
+}
+
+// What cuBLASLt wants of addresses is kept for any that a caller may bring: the fake refuses others.
+TEST(a_bias_and_a_workspace_of_any_alignment_do) {
+  const auto matrix = random_matrix(BlockFormat::int4, 40, 64);
+  const std::vector<float> x = normal(3 * 64, 1), bias = normal(44, 2);
+  Device device;
+  device.library = the_library();
+  device.library_from_tokens = 1;
+  for (int shift = 0; shift < 4; ++shift) {
+    const auto out = product(device, matrix->view, Direction::forward, Precision::fast, x, 3, bias.data() + shift);
+    CHECK(relative_error(out.data(), forward_oracle(matrix->view, x, 3, bias.data() + shift)) < kLibraryBudget);
+  }
+}
+
+TEST(a_launch_that_no_device_would_take_is_refused) {
+  const std::vector<float> rows(30000);
+  const BottleneckView wide{1, rows.data(), rows.data(), rows.data(), rows.data()};
+  CHECK_THROWS(InvalidArgument,
+               cuda::boundary_encode(nullptr, {rows.data(), 1, 30000, wide, CacheFormat::f32, nullptr, 120000}));
+  CHECK_THROWS(InvalidArgument, cuda::launch<cuda::ToBf16>(nullptr, {1, 65536, 1}, {}));
 }
 
 TEST(results_do_not_depend_on_the_order_of_threads) {
@@ -197,6 +247,11 @@ TEST(code_runs_on_its_major_version_and_the_newest_on_what_is_newer) {
   CHECK(cuda::runs_on("87", 89) && cuda::runs_on("87", 90) && !cuda::runs_on("87", 86) && !cuda::runs_on("87", 80));
   CHECK(!cuda::runs_on("80,90", 75) && cuda::runs_on("80,90", 89) && !cuda::runs_on("90", 87) &&
         !cuda::runs_on("", 90));
+}
+
+TEST(the_crossover_of_an_architecture_is_that_of_the_row_below_it) {
+  CHECK(cuda::crossover_of(80) == 768 && cuda::crossover_of(90) == 512 && cuda::crossover_of(120) == 512);
+  for (int architecture : {75, 86, 87, 89}) CHECK(cuda::crossover_of(architecture) == cuda::kNever);
 }
 
 // The emulator would notice: copies that nobody waited for, and barriers that not all threads reach.

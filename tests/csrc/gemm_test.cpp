@@ -128,6 +128,54 @@ TEST(the_saturation_corner_is_exact) {
   reset_simd_level();
 }
 
+// What a level that brings blocks to one scale must carry: scales of either sign, far apart inside a row, and -128.
+TEST(scales_of_either_sign_and_of_any_size_keep_the_budget) {
+  const int64_t rows = 75, cols = 1100, tokens = 9;
+  const std::vector<float> x = normal(tokens * cols, 5), factors = normal(rows * cols, 6);
+  for (BlockFormat format : {BlockFormat::int4, BlockFormat::nf4, BlockFormat::int8}) {
+    const auto matrix = random_matrix(format, rows, cols);
+    const int64_t per_scale = format == BlockFormat::nf4 ? 4 : 2;
+    const int64_t num_scales = scales_bytes(format, rows, cols) / per_scale;
+    for (int64_t i = 0; i < num_scales; ++i) {
+      const float factor = factors[i] * std::exp2(3.0f * factors[num_scales + i]);
+      if (format == BlockFormat::nf4) {
+        matrix->scales.as<float>()[i] *= factor;
+      } else {
+        uint16_t& half = matrix->scales.as<uint16_t>()[i];
+        half = float_to_f16(f16_to_float(half) * factor);
+      }
+    }
+    if (format == BlockFormat::int8) {
+      for (int64_t i = 0; i < codes_bytes(format, rows, cols); i += 97) matrix->codes.as<int8_t>()[i] = -128;
+    }
+    const auto expected = forward_oracle(matrix->view, x, tokens, nullptr);
+    for (SimdLevel level : levels()) {
+      set_simd_level(level);
+      const double error = relative_error(forward(matrix->view, x, tokens, nullptr, Activation::int8).data(), expected);
+      CHECK_IN(error < kInt8Budget, "%s %s: %.2e", block_format_name(format), simd_level_name(level), error);
+    }
+  }
+  reset_simd_level();
+}
+
+TEST(a_nan_or_inf_scale_spoils_its_own_row_and_no_other) {
+  for (BlockFormat format : {BlockFormat::int4, BlockFormat::int8}) {
+    for (int bad : {0x7E00, 0x7C00, 0xFC00}) {
+      const auto matrix = random_matrix(format, 37, 600);
+      const int64_t tile = 33 / 8 * (608 / 32) + 7;  // of row 33
+      matrix->scales.as<uint16_t>()[tile * (format == BlockFormat::int4 ? 16 : 8) + 33 % 8] =
+          static_cast<uint16_t>(bad);
+      const std::vector<float> x = normal(7 * 600, 6);
+      for (SimdLevel level : levels()) {
+        set_simd_level(level);
+        const auto out = forward(matrix->view, x, 7, nullptr, Activation::int8);
+        for (int64_t i = 0; i < 7 * 37; ++i) CHECK(std::isfinite(out[i]) == (i % 37 != 33));
+      }
+    }
+  }
+  reset_simd_level();
+}
+
 TEST(a_nan_or_inf_input_makes_its_own_row_nan_and_no_other) {
   for (BlockFormat format : kFormats) {
     const auto matrix = random_matrix(format, 21, 70);

@@ -46,6 +46,12 @@ def test_a_given_vocabulary_fixes_the_codes_and_unknown_labels_are_named(tokeniz
         classify(tokenizer, rows=[{"t": "x", "y": "b"}])
 
 
+def test_a_column_that_looks_like_no_label_is_warned_of(tokenizer: Tokenizer) -> None:
+    with pytest.warns(UserWarning, match="column 'y' has 30 labels in 31 rows; is it the labels' column?"):
+        classify(tokenizer, rows=[{"t": "x", "y": str(row % 30)} for row in range(31)])
+    classify(tokenizer, rows=[{"t": "x", "y": str(row % 30)} for row in range(60)])  # warnings are errors here
+
+
 def test_sample_ids_are_unique_and_depend_on_tokens_and_label_only(tokenizer: Tokenizer) -> None:
     rows = [{"t": "x", "y": "a"}, {"t": "x", "y": "a"}, {"t": "x", "y": "b"}, {"t": "z", "y": "a"}]
     ids = classify(tokenizer, rows=rows).sample_ids

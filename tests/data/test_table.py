@@ -88,9 +88,11 @@ def test_parquet_reads_the_same_rows(tmp_path: Path) -> None:
         ("a.csv", "", "at least one row"),
         ("a.csv", "text,label\n", "at least one row"),
         ("a.csv", "text,label\nx,1\ny\n", r"a\.csv, line 3: expected 2 values, got 1"),
-        ("a.csv", 'text,label\nx,1\n"y,2\n', r"line 3: not a CSV row"),
+        ("a.csv", 'text,label\nx,1\n"y,2\n', r"line 3: not a CSV row: .*; values are separated by commas"),
+        ("a.csv", 'text;label\n"x";1\n', r"line 2: not a CSV row: .*another character: save it with commas"),
+        ("a.csv", "text;label\nx,y;1\n", r"line 2: expected 1 values, got 2; the file seems to separate"),
         ("a.csv", "text,text\nx,1\n", "a column name stands twice"),
-        ("a.csv", b"text,label\nx,1\n\xff\xfe,2\n", "not UTF-8 text"),
+        ("a.csv", b"text,label\nx,1\n\xff\xfe,2\n", "not UTF-8 text .*; save it as UTF-8"),
         ("a.jsonl", "", "at least one row"),
         ("a.jsonl", '{"text": 1}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", "[" * 100_000 + "\n", r"line 1: not JSON"),
@@ -107,8 +109,11 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
 
 def test_a_missing_column_names_those_there(tmp_path: Path) -> None:
     for path in (write(tmp_path / "a.csv", CSV), write(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n')):
-        with pytest.raises(DataError, match=r"no column 'texts'; there are 'text', 'label'"):
+        with pytest.raises(DataError, match=rf"{path.name}: no column 'texts'; there are 'text', 'label'"):
             read_table(path, ["texts", "label"])
+    uneven = write(tmp_path / "b.jsonl", '{"text": "x"}\n{"label": 1}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: no column 'text'; there are 'label'"):
+        read_table(uneven, ["text"])
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "none.csv")
 

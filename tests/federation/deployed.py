@@ -101,7 +101,7 @@ class DirectCourier:
             answered = self.sites[self.registered[name]].answer(header, payload)
             result = answered if self._spoil is None else self._spoil(name, len(self.pushed), *answered)
             if isinstance(result, str):
-                yield Delivery(message_id, b"", b"", result)
+                yield Delivery(message_id, b"", b"", result, lost=result.startswith("lost"))
             elif result is not None:
                 yield Delivery(message_id, *result, None)
 

@@ -201,7 +201,38 @@ def test_a_site_that_is_silent_is_named_and_the_round_goes_on_without_it(root: P
     outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path), spoil=silent))
     assert outcome["status"] == "done", outcome
     with_it = [event for event in _rounds(tmp_path / "run") if "hospital" in event["silent"]]
-    assert with_it and all(event["accepted"] and len(event["clients"]) == 1 for event in with_it)
+    assert with_it and all(
+        event["accepted"] and event["clients"] and "hospital" not in event["clients"] for event in with_it
+    )
+
+
+def test_a_task_that_got_lost_is_sent_again_and_the_bits_are_those_of_a_calm_run(root: Path, tmp_path: Path) -> None:
+    lost = 0
+
+    def lose(name: str, count: int, header: bytes, payload: bytes) -> Any:
+        nonlocal lost
+        if name == "hospital" and unpack(header, payload)[0].get("message") == "reply" and lost < 3:
+            lost += 1
+            return "lost: node unavailable"
+        return header, payload
+
+    outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path), spoil=lose))
+    assert outcome["status"] == "done" and lost == 3
+    assert (tmp_path / "run" / "adapters.safetensors").read_bytes() == (
+        root / "in-process" / "adapters.safetensors"
+    ).read_bytes()
+    assert not any(event["rejected"] or event["silent"] for event in _rounds(tmp_path / "run"))
+
+
+def test_a_site_whose_processes_always_die_is_given_up_in_every_exchange(root: Path, tmp_path: Path) -> None:
+    def dies(name: str, count: int, header: bytes, payload: bytes) -> Any:
+        reply = unpack(header, payload)[0].get("message") == "reply"
+        return "lost: the process died" if name == "hospital" and reply else (header, payload)
+
+    outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path), spoil=dies))
+    assert outcome["status"] == "done"
+    with_it = [event for event in _rounds(tmp_path / "run") if "hospital" in event["rejected"]]
+    assert with_it and all("process died" in event["rejected"]["hospital"] for event in with_it)
 
 
 def test_a_site_restarted_in_the_middle_of_an_exchange_is_sent_its_task_again(root: Path, tmp_path: Path) -> None:

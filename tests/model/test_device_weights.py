@@ -151,6 +151,20 @@ def test_the_oldest_copy_is_waited_for_only_when_host_slots_run_out() -> None:
     assert reader.held == []
 
 
+def test_files_that_all_stay_take_their_own_size_and_no_more() -> None:
+    streams = FakeStreams()
+    weights: Any = Streamed(
+        FakeReader(streams.log),
+        streams,
+        num_slots=3,
+        num_host_slots=2,
+        file_bytes=[4096, 64, 128],  # type: ignore[arg-type]
+    )
+    for file in (1, 0, 2, 1, 0):
+        weights.lease(file).release()
+    assert [line for line in streams.log if line.startswith("slot")] == ["slot 64", "slot 4096", "slot 128"]
+
+
 def test_leases_beyond_the_slots_are_refused_and_released_ones_raise() -> None:
     weights, _, _ = streamed(num_slots=1)
     first = weights.lease(0)
@@ -162,6 +176,52 @@ def test_leases_beyond_the_slots_are_refused_and_released_ones_raise() -> None:
         first.matrix("w")
     with weights.lease(1) as lease, pytest.raises(InvalidArgument, match="no tensor 'x' in the file: it holds w"):
         lease.matrix("x")
+
+
+class TimedStreams(FakeStreams):
+    """A device whose two queues run beside each other, in made-up time: an event is when its queue gets that far."""
+
+    def __init__(self, copy_time: float) -> None:
+        super().__init__()
+        self.copy_time, self.copying, self.computing = copy_time, 0.0, 0.0
+
+    def computed(self) -> Any:
+        return TimedEvent(self.computing)
+
+    def copied(self) -> Any:
+        self.copying += self.copy_time  # the copy that was just queued
+        return TimedEvent(self.copying)
+
+    def copy_after(self, event: Any) -> None:
+        self.copying = max(self.copying, event.time)
+
+    def compute_after(self, event: Any) -> None:
+        self.computing = max(self.computing, event.time)
+
+
+class TimedEvent:
+    def __init__(self, time: float) -> None:
+        self.time = time
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "copy_time", "expected"), [(2, 1.0, 10.0), (2, 0.5, 9.0), (2, 3.0, 26.0), (1, 1.0, 16.0)]
+)
+def test_a_layer_is_copied_while_another_is_computed(num_slots: int, copy_time: float, expected: float) -> None:
+    """Eight layers of one time unit each: with two slots the larger of copying and computing, one of the other, and at
+    the start a layer's time because the second slot's memory may still be read by what was queued before."""
+    streams = TimedStreams(copy_time)
+    reader = FakeReader(streams.log)
+    weights: Any = Streamed(reader, streams, num_slots=num_slots, num_host_slots=2)  # type: ignore[arg-type]
+    for layer in range(8):
+        with weights.lease(layer):
+            streams.computing += 1
+    assert streams.computing == expected
 
 
 def in_place(num_host_slots: int) -> tuple[InPlace, FakeReader, FakeStreams]:

@@ -46,12 +46,14 @@ def test_a_build_without_cuda_says_so(tmp_path: Path) -> None:
 
 
 def test_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cuda_device", lambda index: {"name": "board", "is_unified": True})
+    monkeypatch.setattr(
+        native, "cuda_device", lambda index: {"name": "board", "is_unified": True, "library_from_tokens": 9}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedHardware, match="has no CUDA for board; install the build of torch"):
         find_place("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert find_place("cuda:3") == Place(3, is_unified=True)
+    assert find_place("cuda:3") == Place(3, is_unified=True, library_from_tokens=9)
 
 
 def test_the_number_of_a_missing_device_is_the_cores_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,15 +50,18 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 class CudaArray:
-    """A C-contiguous NumPy array, exported as one on cuda:`device`. Must be kept while anything uses its memory."""
+    """A C-contiguous NumPy array, exported as one on cuda:`device`. Must be kept while anything uses its memory.
 
-    def __init__(self, values: NDArray[Any], device: int = 0) -> None:
+    `code`: DLPack's number of the kind of dtype where NumPy has none, 4 for bf16 in 16-bit integers.
+    """
+
+    def __init__(self, values: NDArray[Any], device: int = 0, *, code: int | None = None) -> None:
         self.values, self.device = values, device
         self.asked_stream: Any = "not asked"
         self._shape = (ctypes.c_int64 * values.ndim)(*values.shape)
         kind = _Tensor(
-            values.ctypes.data, 2, device, values.ndim, _CODES[values.dtype.kind], values.dtype.itemsize * 8, 1,
-            self._shape, None, 0,
+            values.ctypes.data, 2, device, values.ndim, _CODES[values.dtype.kind] if code is None else code,
+            values.dtype.itemsize * 8, 1, self._shape, None, 0,
         )  # fmt: skip
         self._managed = _Managed(1, 0, None, None, 0, kind)
 

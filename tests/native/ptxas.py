@@ -3,7 +3,8 @@
     python tests/native/ptxas.py            # compile csrc/cuda/*.cu and compare with csrc/cuda/ptxas.json
     python tests/native/ptxas.py --write    # renew the table after a change that is meant
 
-Reports are kept in build/ptxas/ under a hash of the sources and the compiler, so that a second run compiles nothing.
+A source's report is kept in build/ptxas/ under a hash of it, of all headers and of the compiler, so that only what
+changed is compiled again.
 """
 
 import argparse
@@ -59,21 +60,30 @@ def parse(text: str) -> Report:
 
 
 def compile_all(nvcc: str) -> Report:
-    """Compile every source for ARCHITECTURES; raises subprocess.CalledProcessError with the compiler's words."""
-    digest = hashlib.sha256(compiler_version(nvcc).encode() + str(ARCHITECTURES).encode())
-    for path in sorted([*SOURCES.glob("*"), *(ROOT / "csrc/base").glob("*.h"), *(ROOT / "csrc/boundary").glob("*.h")]):
-        if path != TABLE:
-            digest.update(path.name.encode() + path.read_bytes())
-    kept = ROOT / "build" / "ptxas" / f"{digest.hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())  # type: ignore[no-any-return]
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    """Compile every source for ARCHITECTURES; raises RuntimeError with the compiler's words."""
+    common = hashlib.sha256(compiler_version(nvcc).encode() + str(ARCHITECTURES).encode())
+    for folder in ("cuda", "base", "boundary", "quant", "include/chainfed"):
+        for path in sorted((ROOT / "csrc" / folder).glob("*.h")):
+            common.update(path.name.encode() + path.read_bytes())
+    kept = ROOT / "build" / "ptxas"
+    kept.mkdir(parents=True, exist_ok=True)
+
+    def reported(source: Path) -> Report:
+        digest = common.copy()
+        digest.update(source.name.encode() + source.read_bytes())
+        file = kept / f"{source.stem}-{digest.hexdigest()[:16]}.json"
+        if not file.exists():
+            report = parse(_compile(nvcc, source, kept))
+            for old in kept.glob(f"{source.stem}-*.json"):
+                old.unlink()
+            file.write_text(json.dumps(dict(zip(_demangled(list(report)), report.values(), strict=True))))
+        return json.loads(file.read_text())  # type: ignore[no-any-return]
+
     report: Report = {}
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for text in pool.map(lambda source: _compile(nvcc, source, kept.parent), sorted(SOURCES.glob("*.cu"))):
-            report |= parse(text)
-    report = dict(zip(_demangled(list(report)), report.values(), strict=True))
-    kept.write_text(json.dumps(report))
+    largest_first = sorted(SOURCES.glob("*.cu"), key=lambda source: not source.name.startswith("fused_"))
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for one in pool.map(reported, largest_first):
+            report |= one
     return report
 
 

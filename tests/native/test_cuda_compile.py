@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ptxas
 
 
+@pytest.mark.timeout(1200)  # 100 s of processor time when every source has changed
 def test_every_kernel_is_as_in_the_table() -> None:
     nvcc = ptxas.find_nvcc()
     if nvcc is None:

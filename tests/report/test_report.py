@@ -116,6 +116,7 @@ def test_a_whole_run_shows_every_plot_and_its_figures(tmp_path: Path) -> None:
     assert "budget 512.0 MiB" in texts and "start layer 2" in texts
     assert "round 3: layers 2 to 3" in texts
     assert "predicted, interpreter with torch: 300 MiB" in texts
+    assert "interpreter with torch 300.0 MiB" in texts, "the legend has the sizes: small parts are slivers"
     assert "round 1, other: 0.5 seconds" in texts
     assert "prefers-color-scheme: dark" in page and "stroke-dasharray" in page
 

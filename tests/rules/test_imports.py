@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ROWS: tuple[frozenset[str], ...] = (
     frozenset(
         {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
-        | {"directions", "least_squares", "classifier_fit"}
+        | {"directions", "least_squares", "classifier_fit", "update_format", "cache_cipher"}
     ),
     frozenset({"native", "memory"}),
     frozenset({"model", "data", "adapters"}),

@@ -160,7 +160,7 @@ def gradients(server: Server, seed: int, *, common: float) -> Arrays:
 
 def test_fwdllm_gathers_rounds_until_the_gradients_agree_and_then_steps_by_their_mean() -> None:
     # Noise of deviation 1 around a common 1: the relative variance of the mean of n gradients is near 1 / (1 + n).
-    server = make_server(method="fwdllm", rounds=3, clients_per_round=2, lr=0.5, max_variance=0.17, max_gather_rounds=9)
+    server = make_server(method="fwdllm", rounds=3, clients_per_round=2, lr=1.0, max_variance=0.17, max_gather_rounds=9)
     before, sent = server.parameters(), []
     for moves in (False, False, True):
         replies = []
@@ -172,7 +172,8 @@ def test_fwdllm_gathers_rounds_until_the_gradients_agree_and_then_steps_by_their
     total = sum(samples for samples, _ in sent)
     for key, array in before.items():
         mean = sum(samples * gradient[key].astype(np.float64) for samples, gradient in sent) / total
-        np.testing.assert_allclose(server.parameters()[key], array - 0.5 * mean, rtol=1e-4, atol=1e-5)
+        # The cosine has brought the rate down to a fourth in the third of three rounds.
+        np.testing.assert_allclose(server.parameters()[key], array - 0.25 * mean, rtol=1e-4, atol=1e-5)
 
 
 def test_fwdllm_steps_at_the_latest_after_so_many_rounds() -> None:

@@ -51,6 +51,11 @@ BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "more samples than announced": (lambda r: dataclasses.replace(r, num_samples=10**9), "num_samples"),
     "samples that are no number": (lambda r: dataclasses.replace(r, num_samples="9"), "num_samples"),  # type: ignore[arg-type]
     "a NaN loss": (lambda r: dataclasses.replace(r, metrics={"loss": float("nan")}), "not finite"),
+    "a loss that overflows every sum": (lambda r: dataclasses.replace(r, metrics={"loss": 1e308}), "expected at most"),
+    "a metric with a name of markup": (
+        lambda r: dataclasses.replace(r, metrics={"loss": 1.0, "<b>": 1.0}),
+        "expected names",
+    ),
     "no loss": (lambda r: dataclasses.replace(r, metrics={}), "expected loss"),
     "a metric that is text": (lambda r: dataclasses.replace(r, metrics={"loss": "1"}), "expected a number"),  # type: ignore[dict-item]
 }

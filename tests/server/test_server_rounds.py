@@ -105,19 +105,49 @@ def test_damaged_classifier_statistics_are_refused(damage: str) -> None:
         arrays = {"classifier.factor": factor.astype(np.float64)}
     replies[0] = replace(replies[0], arrays=arrays)
     summary = server.receive(replies)
-    assert set(summary.rejected) == {replies[0].client} and len(summary.clients) == 2
+    assert set(summary.rejected) == {replies[0].client} and len(summary.clients) == 4
 
 
-@pytest.mark.parametrize(("rounds", "task", "expected"), [(24, "classification", 4), (10, "classification", 2),
-                                                          (4, "classification", 1), (24, "causal-lm", 0)])  # fmt: skip
-def test_auto_probes_for_a_fifth_of_the_rounds_where_there_is_a_classifier(
-    rounds: int, task: str, expected: int
+@pytest.mark.parametrize(
+    ("rounds", "asked", "task", "expected"),
+    [
+        (24, 1, "classification", [*range(4), *range(20, 24)]),
+        (24, 3, "classification", [0, 1, 22, 23]),  # three of five clients: two rounds see all their samples
+        (24, 9, "classification", [0, 23]),
+        (10, 1, "classification", [0, 1, 8, 9]),
+        (4, 1, "classification", [0]),
+        (24, 1, "causal-lm", []),
+    ],
+)
+def test_auto_fits_the_classifier_in_the_first_and_last_rounds_where_there_is_one(
+    rounds: int, asked: int, task: str, expected: list[int]
 ) -> None:
-    server = make_server(probe_rounds=None, rounds=rounds, task=task)
-    assert sum(s.stage is not None and s.stage.kind == "probe" for s in play(server)) == expected
+    server = make_server(probe_rounds=None, rounds=rounds, clients_per_round=asked, task=task)
+    kinds = [summary.stage.kind for summary in play(server) if summary.stage]
+    assert [index for index, kind in enumerate(kinds) if kind == "probe"] == expected
 
 
-@pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}])
+def test_in_the_last_rounds_rows_of_trained_features_count_twice_as_much_as_those_before_training() -> None:
+    server = make_server(probe_rounds=1, refit_rounds=2, rounds=6)
+    site, replies = Site(server.client_samples), []
+    before = server.parameters()
+    while not server.done:
+        answers = [site.answer(task) for task in server.next_tasks()]
+        if server.round_id == 4:
+            before = server.parameters()
+        if server.round_id == 0 or server.round_id >= 4:
+            weight = 0.5 if server.round_id == 0 else 1.0
+            replies += [
+                replace(a, arrays={k: v * np.float32(weight**0.5) for k, v in a.arrays.items()}) for a in answers
+            ]
+        server.receive(answers)
+    assert changed_keys(before, server.parameters()) == {"classifier.out_weight", "classifier.out_bias"}
+    factor = classifier_fit.merge([reply.arrays["classifier.factor"] for reply in replies])
+    expected = classifier_fit.solve(factor, 3)["classifier.out_weight"]
+    np.testing.assert_allclose(server.parameters()["classifier.out_weight"], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}, {"refit_rounds": 1}])
 def test_a_language_model_has_no_classifier_to_probe(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="classification"):
         make_server(task="causal-lm", **fields)
@@ -195,7 +225,7 @@ def test_a_task_tells_the_client_all_it_has_to_know() -> None:
     server = make_server(lr=0.5, batch_size=7, local_epochs=2, max_local_steps=9)
     first, second, _ = server.next_tasks()
     expected = {"lr": 0.5, "batch_size": 7, "local_epochs": 2, "max_local_steps": 9, "start_layer": 0}
-    expected["closed_form"] = False
+    expected |= {"closed_form": False, "update_format": "f32", "trains_classifier": True}
     assert {key: value for key, value in first.settings.items() if key != "seed"} == expected
     assert first.settings["seed"] != second.settings["seed"]
     assert 0 <= int(first.settings["seed"]) < 2**63

@@ -17,11 +17,11 @@ def _saved(server: Server) -> tuple[Any, Any]:
 @pytest.mark.parametrize("probe_rounds", [0, 4])
 @pytest.mark.parametrize("killed_after", [0, 1, 3, 5])
 def test_a_restored_server_ends_with_the_same_bits(killed_after: int, probe_rounds: int) -> None:
-    whole = make_server(rounds=6, probe_rounds=probe_rounds)
+    whole = make_server(rounds=6, probe_rounds=probe_rounds, refit_rounds=1)
     play(whole)
-    first = make_server(rounds=6, probe_rounds=probe_rounds)
+    first = make_server(rounds=6, probe_rounds=probe_rounds, refit_rounds=1)
     play(first, rounds=killed_after)
-    second = make_server(rounds=6, probe_rounds=probe_rounds)
+    second = make_server(rounds=6, probe_rounds=probe_rounds, refit_rounds=1)
     second.restore(*_saved(first))
     assert second.round_id == killed_after
     play(second)
@@ -71,13 +71,18 @@ def test_other_clients_or_another_model_are_refused() -> None:
 
 
 def test_whole_sweeps_continue_a_continuous_chain_and_nothing_a_shared_out_one() -> None:
-    state = _saved(make_server(rounds=6))
+    constant: dict[str, Any] = {"lr_decay": "none"}
+    state = _saved(make_server(rounds=6, **constant))
     sweep = 1 + len(range(2, make_server().shape.num_layers))  # of a window of 2 from layer 0
-    make_server(rounds=6 + sweep, budget=2**30, eval_every=2).restore(*state)
+    make_server(rounds=6 + sweep, budget=2**30, eval_every=2, **constant).restore(*state)
     with pytest.raises(ConfigError, match=f"whole sweeps of {sweep} rounds, to {6 + sweep}"):
-        make_server(rounds=7 + sweep).restore(*state)
+        make_server(rounds=7 + sweep, **constant).restore(*state)
     with pytest.raises(ConfigError, match="rounds"):
-        make_server(rounds=9, schedule="train-and-freeze").restore(*_saved(make_server(schedule="train-and-freeze")))
+        shared: dict[str, Any] = {"schedule": "train-and-freeze", **constant}
+        make_server(rounds=9, **shared).restore(*_saved(make_server(**shared)))
+    refitted: dict[str, Any] = {"probe_rounds": 1, "refit_rounds": 1, **constant}
+    with pytest.raises(ConfigError, match="refit_rounds"):
+        make_server(rounds=6 + sweep, **refitted).restore(*_saved(make_server(rounds=6, **refitted)))
 
 
 def _damage(arrays: Any, record: Any, what: str) -> None:

@@ -1,6 +1,8 @@
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
+import pytest
 
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
@@ -73,9 +75,14 @@ def test_a_refused_round_does_not_hide_the_adapters_its_window_reached() -> None
     assert _layers(server.next_tasks()[0].versions) == {0, 1, 2}
 
 
-def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_not_trained() -> None:
+@pytest.mark.parametrize("trained", ["never", "at-top"])
+def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_not_trained(
+    trained: Literal["never", "at-top"],
+) -> None:
     samples = {"a": 5, "b": 6}
-    config = ChainConfig(start_layer=0, window=2, probe_rounds=1, rounds=7, clients_per_round=2)
+    config = ChainConfig(
+        start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, train_classifier=trained
+    )
     server = Server(config, replace(shape(4), architecture="bert"), initial(4), samples, "classification")
     site, seen = Site(samples), []
     while not server.done:
@@ -95,6 +102,8 @@ def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_no
         before = server.parameters()
         assert server.receive([site.answer(task) for task in tasks]).accepted
         moved = any(key.startswith("classifier.") for key in changed_keys(before, server.parameters()))
-        assert moved == (tasks[0].stage.window.stop == 4)
+        fits = bool(tasks[0].settings["closed_form"])
+        assert fits or tasks[0].settings["trains_classifier"] == moved
+        assert moved == (fits or (trained == "at-top" and tasks[0].stage.window.stop == 4))
     own, merged = {"out_weight", "out_bias"}, {"logit_weight", "logit_bias"}
-    assert seen == [(4, own), (2, merged), (3, merged), (4, own), (2, merged), (3, merged), (4, own)]
+    assert seen == [(4, own), (2, merged), (3, merged), (4, own), (2, merged), (3, merged), (4, own), (4, own)]

@@ -100,7 +100,9 @@ def open_gguf(path: Path) -> Source:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UnsupportedModel(f"{path}: GGUF needs the gguf package: pip install 'chainfed-engine[gguf]'") from error
+        raise UnsupportedModel(
+            f"{path}: expected the package gguf for GGUF files; pip install 'chainfed-engine[gguf]'"
+        ) from error
     descriptor = open_regular(path)
     try:
         header = read_gguf_header(path, descriptor)

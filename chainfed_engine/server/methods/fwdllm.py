@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from chainfed_engine.config import ChainConfig
+from chainfed_engine.schedule import learning_rate
 from chainfed_engine.server.methods.averaging import Averaging
 from chainfed_engine.types import Arrays, Reply, Task
 
@@ -44,8 +45,10 @@ class ForwardGradients(Averaging):
             gathered: Arrays = {SUMS + key: np.asarray(total, np.float32) for key, total in sums.items()}
             return {**gathered, COUNTS: np.asarray(counts, np.float32)}
         moved: Arrays = {}
+        config = self.config
+        lr = learning_rate(config.lr, config.lr_decay, ordered[0].round_id, config.rounds)
         for key in keys:
-            step = self.config.lr * sums[key] / counts[0]
+            step = lr * sums[key] / counts[0]
             moved[key] = np.asarray(self.model.array(key) - step, np.float32)
             moved[SUMS + key] = np.zeros_like(moved[key])
         return {**moved, COUNTS: np.zeros(4, np.float32)}

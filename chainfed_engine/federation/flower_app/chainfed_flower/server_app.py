@@ -5,6 +5,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from chainfed_engine.federation.deployment import serve_rounds
 from chainfed_engine.federation.flower_grid import GridCourier
+from chainfed_engine.federation.processes import end_with
 
 app = ServerApp()
 
@@ -13,6 +14,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation to its end; what happened is in the run directory."""
     settings = context.run_config
+    if int(settings["owner-pid"]):
+        end_with(int(settings["owner-pid"]))
     serve_rounds(
         GridCourier(grid),
         config_path=str(settings["config"]),

@@ -1,0 +1,100 @@
+"""What clients are told to do: settings, seeds, and the arrays they lack. In: where the run stands; out: tasks.
+
+Pure functions of the server's state: asked twice, they give equal tasks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from chainfed_engine import stand_in
+from chainfed_engine.config import ChainConfig
+from chainfed_engine.schedule import learning_rate
+from chainfed_engine.server.closed_form import ClosedForm
+from chainfed_engine.server.global_model import GlobalModel
+from chainfed_engine.server.holdings import Holdings
+from chainfed_engine.server.methods import Averaging
+from chainfed_engine.server.plan import Plan
+from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed
+from chainfed_engine.types import Arrays, Scalar, Stage, Task
+
+
+class TaskMaker:
+    """`client_windows`: layers a client can train at once, where that is a limit. `max_weight`: samples a client may
+    weigh. `base`: fingerprint of the frozen model."""
+
+    def __init__(
+        self,
+        config: ChainConfig,
+        plan: Plan,
+        model: GlobalModel,
+        method: Averaging,
+        *,
+        hidden_size: int,
+        client_windows: Mapping[str, int],
+        closed_form: ClosedForm,
+        max_weight: int | None,
+        base: str,
+    ) -> None:
+        self._config, self._plan, self._model, self._method = config, plan, model, method
+        self._hidden_size, self._base = hidden_size, base
+        self._client_windows, self._closed_form, self._max_weight = client_windows, closed_form, max_weight
+
+    def profile(
+        self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
+    ) -> list[Task]:
+        config, tasks = self._config, []
+        needed, versions = self._model.needed(None, 0)
+        for name in cohort:
+            settings: dict[str, Scalar] = {
+                "batch_size": config.batch_size,
+                "num_batches": -(-stand_in.BATCHES // len(cohort)) if depths else 1,
+                "depth_start": depths.start,
+                "depth_stop": depths.stop,
+                "with_scores": int(with_scores),
+                "max_rows": -(-stand_in.rows_in_all(self._hidden_size) // len(cohort)),
+                "seed": client_seed(config.seed, PROFILE_STREAM, attempt, name),
+            }
+            arrays = _lacking(holdings, name, needed, versions)
+            tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self._base))
+        return tasks
+
+    def train(self, name: str, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> Task:
+        config = self._config
+        settings: dict[str, Scalar] = {
+            "closed_form": False,
+            "lr": learning_rate(config.lr, config.lr_decay, round_id, self._plan.rounds),
+            "batch_size": config.batch_size,
+            "local_epochs": config.local_epochs,
+            "max_local_steps": config.max_local_steps,
+            "seed": client_seed(config.seed, ROUND_STREAM, round_id, name),
+            "start_layer": start_layer,
+            "update_format": config.update_format,
+            "trains_classifier": self._model.trains_classifier(stage),
+            **self._method.settings(name),
+        }
+        return self._task(name, stage, round_id, start_layer, holdings, settings)
+
+    def closed_form(self, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> list[Task]:
+        """One for each client that gives rows to the classifier's closed form in this round."""
+        named = self._closed_form.settings(
+            self._plan, round_id, self._model.classifier_shape, max_weight=self._max_weight
+        )
+        return [self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()]
+
+    def _task(
+        self,
+        name: str,
+        stage: Stage,
+        round_id: int,
+        start_layer: int,
+        holdings: Holdings,
+        settings: Mapping[str, Scalar],
+    ) -> Task:
+        stage = self._method.stage(stage, round_id, name)
+        needed, versions = self._method.needed(stage, start_layer)
+        arrays = _lacking(holdings, name, needed, versions)
+        own = self._model.for_client(stage, self._client_windows.get(name))
+        return Task("train", name, round_id, own, arrays, settings, versions, self._base)
+
+
+def _lacking(holdings: Holdings, client: str, needed: Arrays, versions: Mapping[str, str]) -> Arrays:
+    return {key: needed[key] for key in holdings.lacking(client, versions)}

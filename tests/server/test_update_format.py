@@ -1,0 +1,70 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chainfed_engine.errors import ConfigError
+from chainfed_engine.server import Server
+from chainfed_engine.types import Reply, Task
+from chainfed_engine.update_format import encode
+from tests.server.server_parts import Site, make_server, same_bits
+
+SAMPLES = {f"client-{index}": 20 for index in range(5)}
+
+
+def _server(**fields: Any) -> Server:
+    return make_server(samples=SAMPLES, clients_per_round=5, update_format="int8", **fields)
+
+
+def _answer(server: Server, site: Site, task: Task) -> Reply:
+    reply = site.answer(task)
+    arrays = encode(reply.arrays, server.parameters(), seed=int(task.settings["seed"]))
+    return dataclasses.replace(reply, arrays=arrays)
+
+
+def test_eight_bit_updates_are_averaged_as_what_they_stand_for_and_count_their_own_bytes() -> None:
+    server, site = _server(), Site(SAMPLES)
+    tasks = server.next_tasks()
+    assert {task.settings["update_format"] for task in tasks} == {"int8"}
+    replies = [_answer(server, site, task) for task in tasks]
+    exact = [site.answer(task) for task in tasks]
+    summary = server.receive([*reversed(replies), replies[0]])  # any order, one of them twice
+    assert len(summary.clients) == 5 and not summary.rejected
+    sent = [sum(array.nbytes for array in reply.arrays.values()) for reply in replies]
+    assert summary.bytes_up == sum(sent) + sent[0]
+    for key, array in exact[0].arrays.items():
+        expected = np.mean([reply.arrays[key] for reply in exact], axis=0)
+        np.testing.assert_allclose(server.parameters()[key], expected, atol=0.05)
+        assert array.dtype == server.parameters()[key].dtype
+
+
+def test_a_liar_in_eight_bits_is_refused_like_one_in_thirty_two() -> None:
+    server, without, site = _server(), _server(), Site(SAMPLES)
+    replies = [_answer(server, site, task) for task in server.next_tasks()]
+    without.next_tasks()
+    loud = {key: array * 1000 if key.endswith(".scale") else array for key, array in replies[1].arrays.items()}
+    f32 = site.answer(server.next_tasks()[2]).arrays
+    huge = {
+        key: np.full_like(array, 3e38) if key.endswith(".scale") else np.full_like(array, 127)
+        for key, array in replies[3].arrays.items()
+    }
+    spoilt = {1: loud, 2: f32, 3: huge}
+    given = [dataclasses.replace(reply, arrays=spoilt.get(n, reply.arrays)) for n, reply in enumerate(replies)]
+    summary = server.receive(given)
+    assert {name: reason.split(":")[0] for name, reason in summary.rejected.items()} == {
+        "client-1": "norm",
+        "client-2": "update_format",
+        "client-3": "not finite",
+    }
+    without.receive([replies[0], replies[4]])
+    assert summary.clients == ("client-0", "client-4")
+    assert same_bits(server.parameters(), without.parameters())
+
+
+@pytest.mark.parametrize("method", ["fwdllm", "fedkseed", "flora"])
+def test_methods_that_do_not_send_parameters_refuse_the_format(method: str) -> None:
+    from tests.server.test_methods import make_server as method_server
+
+    with pytest.raises(ConfigError, match="update_format"):
+        method_server(method=method, update_format="int8")
