@@ -1,7 +1,6 @@
 """Imports that wait until they are used: what transformers' modelling code imports and a run never calls.
 
-A model class brings in optimisers of SciPy, symbolic algebra, torch's compiler and its distributed tensors: some 120 MiB
-for names that stand in branches other than ours. Inside `deferred_imports` these packages are stood in for by empty
+A model class brings in optimisers of SciPy, symbolic algebra, torch's compiler and its distributed tensors: 110 MiB for names that stand in branches other than ours. Inside `deferred_imports` these packages are stood in for by empty
 modules, and each name taken from one by a `Deferred`, which imports the real thing when it is called, read or
 inherited from. Outside the block every import is the ordinary one.
 """
@@ -15,7 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
 from types import ModuleType
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 PACKAGES = (
     "accelerate",
@@ -106,7 +105,7 @@ class Deferred:
 class _StandIn(ModuleType):
     """An empty package; a module that has bound it by `import package` reaches the real one through it afterwards."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
