@@ -1,6 +1,7 @@
 """Imports that wait until they are used: what transformers' modelling code imports and a run never calls.
 
-A model class brings in optimisers of SciPy, symbolic algebra, torch's compiler and its distributed tensors: 110 MiB for names that stand in branches other than ours. Inside `deferred_imports` these packages are stood in for by empty
+A model class brings in optimisers of SciPy, symbolic algebra, torch's compiler and its distributed tensors: 110 MiB for
+names that stand in branches other than ours. Inside `deferred_imports` these packages are stood in for by empty
 modules, and each name taken from one by a `Deferred`, which imports the real thing when it is called, read or
 inherited from. Outside the block every import is the ordinary one.
 """
