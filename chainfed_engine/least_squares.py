@@ -61,7 +61,7 @@ def _reduced(blocks: Iterable[Matrix], width: int) -> Matrix:
     for block in blocks:
         held = np.concatenate([held, block.astype(np.float64, copy=False)])
         if len(held) > width:
-            held = np.linalg.qr(held, mode="r")
+            held = np.asarray(np.linalg.qr(held, mode="r"))
     return held
 
 

@@ -15,7 +15,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
 from types import ModuleType
-from typing import Any, ClassVar, Union
+from typing import Any, Union
 
 PACKAGES = (
     "accelerate",
@@ -105,8 +105,6 @@ class Deferred:
 
 class _StandIn(ModuleType):
     """An empty package; a module that has bound it by `import package` reaches the real one through it afterwards."""
-
-    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
