@@ -216,16 +216,29 @@ def solve_bytes(request: Request) -> int:
 
 def _classifier_fit_bytes(request: Request) -> int:
     """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
-    config, width = request.config, request.shape.hidden_size
-    fits = config.probe_rounds != 0 or bool(config.refit_rounds)
-    if config.method != "chain" or request.task != "classification" or not fits:
+    width = request.shape.hidden_size
+    if not _fits_classifier(request):
         return 0
     rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
     return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2
 
 
-def stand_in_bytes(request: Request) -> int:
-    """Fitted maps kept through the run: at every depth where a window may end below the top."""
+def _fits_classifier(request: Request) -> bool:
+    config = request.config
+    wanted = config.probe_rounds != 0 or bool(config.refit_rounds)
+    return config.method == "chain" and request.task == "classification" and wanted
+
+
+def statistics_bytes(request: Request) -> int:
+    """What is kept through the run: fitted maps, and the classifier's factor for the refit."""
+    width = request.shape.hidden_size
+    rows = min(classifier_fit.max_rows(width, 2, 1), width + 3)
+    keeps_factor = _fits_classifier(request) and request.config.refit_rounds != 0
+    return _stand_in_bytes(request) + F32 * rows * (width + 3) * keeps_factor
+
+
+def _stand_in_bytes(request: Request) -> int:
+    """At every depth where a window may end below the top."""
     one, width = stand_in_map_bytes(request), request.shape.hidden_size
     array = one // 2 if one < F32 * width * width else one
     depths = _stand_in_depths(request)

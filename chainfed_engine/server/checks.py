@@ -85,7 +85,7 @@ def _refuse_metrics(metrics: object) -> str | None:
             return one_line(f"metric {name}: expected a number, got {type(value).__name__}")
         if not math.isfinite(value):
             return one_line(f"{NON_FINITE}: metric {name} is {value}")
-        if abs(value) > _MAX_METRIC:  # sums over all clients must stay finite
+        if abs(float(value)) > _MAX_METRIC:  # sums over all clients must stay finite
             return one_line(f"metric {name}: expected at most {_MAX_METRIC:g}, got {value}")
     return None
 

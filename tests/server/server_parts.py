@@ -61,7 +61,7 @@ class Site:
         assert task.versions.keys() <= held.keys(), "the server believes in something the client was never sent"
         generator = np.random.default_rng(int(task.settings["seed"]))
         if task.settings["closed_form"]:
-            x = generator.normal(size=(self.samples[task.client], HIDDEN))
+            x = generator.normal(size=(int(task.settings["num_rows"]), HIDDEN))
             statistics = classifier_fit.statistics(x, (x[:, 0] > 0).astype(np.int64), 3)
             return Reply(
                 "train",
