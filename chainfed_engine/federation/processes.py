@@ -130,8 +130,8 @@ def lives(pid: int) -> bool:
 
 
 def end_with(pid: int) -> None:
-    """End this process, however it stands, soon after process `pid` has ended: what a crash may do at any point is
-    made good by the next start, and a run that nobody owns must not go on beside its successor."""
+    """End this process, however it stands, soon after process `pid` has ended: a run that nobody owns must not go on
+    beside its successor, and what a crash does to it is made good by the next start."""
 
     def watch() -> None:
         while lives(pid):

@@ -19,6 +19,8 @@ MOST_CLIENTS = 64  # asked in one round
 
 
 class ClosedForm:
+    """`samples`: by client, no more than it may weigh."""
+
     def __init__(self, config: ChainConfig, samples: Mapping[str, int]) -> None:
         self._config, self._samples = config, dict(samples)
         limit = config.max_local_steps * config.batch_size or max(samples.values())
@@ -31,17 +33,13 @@ class ClosedForm:
         """Rounds until every sample was seen once."""
         return math.ceil(sum(self._samples.values()) / self._visits)
 
-    def settings(
-        self, plan: Plan, round_id: int, shape: tuple[int, int] | None, *, max_weight: int | None
-    ) -> dict[str, dict[str, Scalar]]:
+    def settings(self, plan: Plan, round_id: int, shape: tuple[int, int] | None) -> dict[str, dict[str, Scalar]]:
         """What every client asked in this round, by name, is told: to give `num_rows` of its samples from `first_row`
         on, in an order drawn with `seed`, which is another before the windows and after them. `shape`: of the
-        classifier, [C, D]. `max_weight`: samples a client may weigh (None: any)."""
+        classifier, [C, D]."""
         assert shape is not None, "plans fit a classifier only where there is one"
         index, phase = plan.closed_form_index(round_id)
         at_most = plan.max_rows(shape, self._asked)
-        if max_weight is not None:
-            at_most = min(at_most, max_weight)
         dealt = self._dealt(index)
         return {
             name: {

@@ -65,7 +65,9 @@ class Server:
         self.base = base
         if any(layers < 1 for layers in self.client_windows.values()):
             raise InvalidArgument(f"client_windows: expected at least one layer each, got {self.client_windows!r:.200}")
-        closed_form = ClosedForm(config, self.client_samples)
+        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
+        weights = {name: min(count, self._max_weight or count) for name, count in self.client_samples.items()}
+        closed_form = ClosedForm(config, weights)
         self._plan = Plan(config, shape.num_layers, task, closed_form.rounds_to_see_all)
         method = method_class(config.method)
         self._model = GlobalModel(
@@ -79,7 +81,6 @@ class Server:
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
-        self._max_weight = quarantine.weight_cap(self.client_samples, config.weight_limit)
         self._tasks = TaskMaker(
             config,
             self._plan,
@@ -88,7 +89,6 @@ class Server:
             hidden_size=shape.hidden_size,
             client_windows=self.client_windows,
             closed_form=closed_form,
-            max_weight=self._max_weight,
             base=base,
         )
         self._holdings = Holdings()
@@ -145,17 +145,7 @@ class Server:
 
     def evaluation_task(self, client: str) -> Task:
         """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
-        arrays, versions = self._model.everything()
-        return Task(
-            "evaluate",
-            client,
-            self._round_id,
-            None,
-            arrays,
-            {"batch_size": self.config.batch_size},
-            versions,
-            self.base,
-        )
+        return self._tasks.evaluation(client, self._round_id)
 
     def _profile_tasks(self) -> list[Task]:
         attempt, depths = self._profile_attempts, self._missing_depths()
@@ -220,7 +210,9 @@ class Server:
     def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:
         """Count a reply to an earlier round where that is wanted and it still fits; the reason if it is refused."""
         wanted = self.config.late_replies == "discount" and isinstance(collector, UpdateCollector)
-        if not wanted or not isinstance(reply.client, str) or not self._awaited.owes(reply):
+        if not wanted or self._plan.fits_classifier(self._stage()):
+            return None
+        if not isinstance(reply.client, str) or not self._awaited.owes(reply):
             return None
         assert isinstance(collector, UpdateCollector)
         if self._plan.fits_classifier(self._stage()):

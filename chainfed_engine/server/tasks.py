@@ -18,8 +18,8 @@ from chainfed_engine.types import Arrays, Scalar, Stage, Task
 
 
 class TaskMaker:
-    """`client_windows`: layers a client can train at once, where that is a limit. `max_weight`: samples a client may
-    weigh. `base`: fingerprint of the frozen model."""
+    """`client_windows`: layers a client can train at once, where that is a limit. `base`: fingerprint of the frozen
+    model."""
 
     def __init__(
         self,
@@ -31,12 +31,11 @@ class TaskMaker:
         hidden_size: int,
         client_windows: Mapping[str, int],
         closed_form: ClosedForm,
-        max_weight: int | None,
         base: str,
     ) -> None:
         self._config, self._plan, self._model, self._method = config, plan, model, method
         self._hidden_size, self._base = hidden_size, base
-        self._client_windows, self._closed_form, self._max_weight = client_windows, closed_form, max_weight
+        self._client_windows, self._closed_form = client_windows, closed_form
 
     def profile(
         self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
@@ -57,6 +56,11 @@ class TaskMaker:
             tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self._base))
         return tasks
 
+    def evaluation(self, client: str, round_id: int) -> Task:
+        arrays, versions = self._model.everything()
+        settings: dict[str, Scalar] = {"batch_size": self._config.batch_size}
+        return Task("evaluate", client, round_id, None, arrays, settings, versions, self._base)
+
     def train(self, name: str, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> Task:
         config = self._config
         settings: dict[str, Scalar] = {
@@ -75,9 +79,7 @@ class TaskMaker:
 
     def closed_form(self, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> list[Task]:
         """One for each client that gives rows to the classifier's closed form in this round."""
-        named = self._closed_form.settings(
-            self._plan, round_id, self._model.classifier_shape, max_weight=self._max_weight
-        )
+        named = self._closed_form.settings(self._plan, round_id, self._model.classifier_shape)
         return [self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()]
 
     def _task(

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 ROWS: tuple[frozenset[str], ...] = (
     frozenset(
         {"errors", "types", "config", "config_file", "schedule", "start_layer", "stand_in", "sizes", "_version"}
-        | {"directions", "least_squares", "classifier_fit", "update_format", "cache_cipher"}
+        | {"directions", "least_squares", "classifier_fit", "update_format"}
     ),
-    frozenset({"native", "memory"}),
+    frozenset({"native", "memory", "cache_cipher"}),
     frozenset({"model", "data", "adapters"}),
-    frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
+    frozenset({"parameters", "optimizer", "prefix", "boundary", "window", "objective"}),
     frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),

@@ -15,7 +15,7 @@ def rows_by_round(config: ChainConfig, samples: dict[str, int]) -> list[dict[str
     plan = Plan(config, 4, "classification", closed.rounds_to_see_all)
     rounds = []
     for round_id in range(plan.probe_rounds):
-        told = closed.settings(plan, round_id, (2, 8), max_weight=None)
+        told = closed.settings(plan, round_id, (2, 8))
         spans = {name: (int(one["first_row"]), int(one["num_rows"])) for name, one in told.items()}
         rounds.append({name: range(first, min(first + count, samples[name])) for name, (first, count) in spans.items()})
     return rounds
@@ -48,7 +48,7 @@ def test_the_order_of_rows_is_another_after_the_windows_and_the_same_within_a_ph
     config = ChainConfig(rounds=24, clients_per_round=1)
     closed = ClosedForm(config, {"a": 100, "b": 60})
     plan = Plan(config, 4, "classification", closed.rounds_to_see_all)
-    seeds = [closed.settings(plan, round_id, (2, 8), max_weight=None)["a"]["seed"] for round_id in (0, 1, 22, 23)]
+    seeds = [closed.settings(plan, round_id, (2, 8))["a"]["seed"] for round_id in (0, 1, 22, 23)]
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 
 

@@ -80,6 +80,14 @@ def test_a_late_reply_that_must_not_count_changes_nothing(case: str) -> None:
     assert same_bits(server.parameters(), without.parameters())
 
 
+def test_late_rows_of_the_closed_form_are_dropped() -> None:
+    server = _server(method="chain", probe_rounds=2, stand_in=True)
+    site = Site(SAMPLES)
+    _, first = _round(server, site, silent=("client-1",))
+    summary, _ = _round(server, site, silent=("client-1",), late=(first[1],))
+    assert summary.stale == {} and summary.num_late == 1 and summary.accepted
+
+
 def test_a_server_that_was_restored_still_knows_who_owes_what() -> None:
     server, site = _server(), Site(SAMPLES)
     _, first = _round(server, site, silent=("client-1",))

@@ -225,7 +225,7 @@ def test_a_task_tells_the_client_all_it_has_to_know() -> None:
     server = make_server(lr=0.5, batch_size=7, local_epochs=2, max_local_steps=9)
     first, second, _ = server.next_tasks()
     expected = {"lr": 0.5, "batch_size": 7, "local_epochs": 2, "max_local_steps": 9, "start_layer": 0}
-    expected |= {"closed_form": False, "trains_classifier": True, "update_format": "f32"}
+    expected |= {"closed_form": False, "update_format": "f32", "trains_classifier": True}
     assert {key: value for key, value in first.settings.items() if key != "seed"} == expected
     assert first.settings["seed"] != second.settings["seed"]
     assert 0 <= int(first.settings["seed"]) < 2**63
