@@ -86,6 +86,13 @@ def fit(
     response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
     leaves out rows with a blank, "error" names the first. `hold_out`: share of rows to evaluate on if `evaluation` is
     None. `out` keeps the run directory, else `Result.save` does. `callbacks` and `on_event` see every event.
+
+    Raises MemoryBudgetExceeded (bytes) before anything is allocated, DataError naming column and row, ConfigError,
+    CorruptFile for a damaged store, NonFiniteLoss; InvalidArgument if `out` holds a run.
+
+        reviews = {"anna": [{"text": "a fine film", "label": "good"}, {"text": "dull", "label": "bad"}] * 8}
+        result = cfe.fit("store", reviews, cfe.ChainConfig(budget="1GiB", rounds=4), hold_out=0.25)
+        result.evaluation["accuracy"]
     """
     config = config or ChainConfig()
     table, column = _client_table(clients, client)
@@ -278,7 +285,8 @@ def _task_columns(names: set[str]) -> tuple[str | None, str | None, str | None]:
 
 def _client_table(clients: Any, column: str) -> tuple[Table, str]:
     """One table with a client column, from a mapping of tables or a table that has one."""
-    if not isinstance(clients, Mapping):
+    splits = isinstance(getattr(clients, "column_names", None), dict)  # a DatasetDict: training and test are no clients
+    if splits or not isinstance(clients, Mapping):
         table = data.as_table(clients, "clients")
         if column not in table.columns:
             raise DataError(f"clients: expected a column {column!r} or a mapping from client name to examples")

@@ -66,7 +66,8 @@ class ChainTrainer:
         self._arrays: Arrays = self._trainer.parameters.export()
         self._calibration: list[Batch] = []
         self._schedule: Schedule | None = None
-        self._classifier_factor: np.ndarray[Any, Any] | None = None  # of all batches since the features last changed
+        self._classifier_factor: np.ndarray[Any, Any] | None = None  # of all batches given for it
+        self._row_weight = 1.0
         self._is_fitted = False
         self._stage_begun = False
         self._callbacks = callbacks
@@ -115,13 +116,14 @@ class ChainTrainer:
         if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
             num_labels = len(self._arrays[classifier_key("out_weight")])
             bias = classifier_key("out_bias") in self._arrays
-            self._arrays.update(classifier_fit.solve(self._classifier_factor, num_labels, bias=bias))
+            counted = classifier_fit.weighted(self._classifier_factor, 1 / self._row_weight)
+            self._arrays.update(classifier_fit.solve(counted, num_labels, bias=bias))
             self._is_fitted = True
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())
             self._trainer.end()
             self._stage_begun = False
-            self._classifier_factor = None
+            self._row_weight = classifier_fit.REFIT_WEIGHT
         self._report_round()
         self.round_id += 1
         if self.done:
@@ -179,7 +181,8 @@ class ChainTrainer:
     def _probe(self, batch: Batch) -> float:
         statistics, loss = self._trainer.classifier_statistics([batch], self._arrays)
         known = [] if self._classifier_factor is None else [self._classifier_factor]
-        self._classifier_factor = classifier_fit.merge([*known, statistics[classifier_fit.FACTOR_KEY]])
+        factor = classifier_fit.weighted(statistics[classifier_fit.FACTOR_KEY], self._row_weight)
+        self._classifier_factor = classifier_fit.merge([*known, factor])
         return loss
 
     def _report_round(self) -> None:

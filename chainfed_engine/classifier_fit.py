@@ -18,6 +18,8 @@ from chainfed_engine.types import Arrays, classifier_key
 
 Matrix = np.ndarray[Any, Any]
 FACTOR_KEY = classifier_key("factor")
+# Rows given after training count once and those given before it, of other features, half; kept as 2 and 1.
+REFIT_WEIGHT = 2.0
 _ROW_BYTES = 64 << 20  # float32 rows of all clients in all rounds together
 
 
@@ -36,6 +38,11 @@ def statistics(features: Matrix, labels: Matrix, num_labels: int) -> Arrays:
 def merge(factors: list[Matrix]) -> Matrix:
     """The factor of the rows of all, float32, in the order given."""
     return least_squares.merge(factors).astype(np.float32)
+
+
+def weighted(factor: Matrix, weight: float) -> Matrix:
+    """The factor of the same rows, each counted `weight` times."""
+    return factor * np.float32(np.sqrt(weight))
 
 
 def solve(factor: Matrix, num_labels: int, *, bias: bool = True) -> Arrays:

@@ -8,7 +8,7 @@ The penalty is chosen by generalised cross-validation over the rows themselves, 
 Source: ordinary ridge regression; Golub, Heath and Wahba 1979 for the penalty.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,47 @@ BLOCK_COLUMNS = 128  # centred at a time
 
 
 def factor(x: Matrix, y: Matrix) -> Matrix:
-    """[min(n, W), W] of rows x [n, Dx] -> y [n, Dy], W = Dx + 1 + Dy; the rows as they are, or float64 if reduced."""
-    return reduce_rows(np.concatenate([x, np.ones((len(x), 1), x.dtype), y], axis=1))
+    """[min(n, W), W] of rows x [n, Dx] -> y [n, Dy], W = Dx + 1 + Dy: the rows as they are where they are no more than
+    W, else as many with the same sums of squares and products, in float64."""
+    width = x.shape[1] + 1 + y.shape[1]
+
+    def joined(rows: slice) -> Matrix:
+        return np.concatenate([x[rows], np.ones((len(x[rows]), 1), x.dtype), y[rows]], axis=1)
+
+    if len(x) <= width:
+        return joined(slice(None))
+    step = rows_at_once(width)
+    return _reduced((joined(slice(begin, begin + step)) for begin in range(0, len(x), step)), width)
 
 
 def merge(factors: Sequence[Matrix]) -> Matrix:
     """One factor of the rows of all; of equal width, in the order given (which fixes the bits)."""
-    return factors[0] if len(factors) == 1 else reduce_rows(np.concatenate(factors, axis=0))
+    if len(factors) == 1:
+        return factors[0]
+    width = factors[0].shape[1]
+    if sum(map(len, factors)) <= width:
+        return np.concatenate(factors, axis=0)
+    return _reduced((part for one in factors for part in _pieces(one, width)), width)
 
 
-def reduce_rows(rows: Matrix) -> Matrix:
-    """At most as many rows as columns, with the same sums of squares and products; reduced in float64."""
-    return rows if len(rows) <= rows.shape[1] else np.asarray(np.linalg.qr(rows.astype(np.float64), mode="r"))
+def rows_at_once(width: int) -> int:
+    """Rows that a reduction takes in at a time, beside the factor so far."""
+    return -(-width // 2)
+
+
+def _pieces(rows: Matrix, width: int) -> Iterator[Matrix]:
+    step = rows_at_once(width)
+    return (rows[begin : begin + step] for begin in range(0, len(rows), step))
+
+
+def _reduced(blocks: Iterable[Matrix], width: int) -> Matrix:
+    """Triangular factor [width, width], float64, of blocks of rows taken in one after another."""
+    held = np.empty((0, width))
+    for block in blocks:
+        held = np.concatenate([held, block.astype(np.float64, copy=False)])
+        if len(held) > width:
+            held = np.asarray(np.linalg.qr(held, mode="r"))
+    return held
 
 
 @dataclass(frozen=True)

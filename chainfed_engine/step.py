@@ -24,6 +24,7 @@ from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import batch_on
 from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective, require_labels
 from chainfed_engine.objective.stand_in import StandIn
+from chainfed_engine.optimizer import AdamW
 from chainfed_engine.parameters import Parameters
 from chainfed_engine.prefix import DEFAULT_FILL_BYTES, Prefix, is_active
 from chainfed_engine.prefix.supply import BoundarySupply
@@ -123,7 +124,7 @@ class StageTrainer:
         wanted = bool((settings or {}).get("trains_classifier", True))
         self._trains_classifier = wanted and not StandIn.holds_classifier(arrays, window.stop)
         trained = self.parameters.train_only(window, classifier=self._trains_classifier)
-        self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
+        self.optimizer = AdamW(trained, lr=lr, weight_decay=self.config.weight_decay)
 
     def prepare(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Bring the boundary cache of these samples to the window; `prefix_layers_run` counts layers over the data."""
@@ -149,12 +150,12 @@ class StageTrainer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             raise NonFiniteLoss(
                 f"loss became {total} in the window {self.stage.window}; lower [train] lr (now {self.lr})"
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return total
 
     def boundary(self, batch: Batch) -> Tensor:
@@ -239,7 +240,7 @@ class StageTrainer:
 
     @property
     def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self.optimizer.lr
 
     @property
     def normalise(self) -> bool:

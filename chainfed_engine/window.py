@@ -8,8 +8,9 @@ runs again in backward.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from chainfed_engine.adapters import Adapter
 from chainfed_engine.model.frozen import FrozenModel
@@ -39,7 +40,7 @@ class TrainedWindow(nn.Module):
     def forward(self, hidden: Tensor, context: Any) -> Tensor:
         for layer, adapter in zip(self.layers, self.adapters, strict=True):
             if self.recompute:
-                hidden = checkpoint(_adapted, layer, adapter, hidden, context, use_reentrant=False)
+                hidden = _Recomputed.apply(layer, adapter, context, hidden, *adapter.parameters())  # type: ignore[no-untyped-call]
             else:
                 hidden = _adapted(layer, adapter, hidden, context)
         return hidden
@@ -48,3 +49,26 @@ class TrainedWindow(nn.Module):
 def _adapted(layer: Any, adapter: nn.Module, hidden: Tensor, context: Any) -> Tensor:
     output: Tensor = layer(hidden, context, adapter)
     return output
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps its input alone and runs again in backward. torch's checkpoint does the same for functions
+    that draw random numbers, and imports the compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, adapter: nn.Module, context: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.run, ctx.parameters = (layer, adapter, context), parameters
+        return _adapted(layer, adapter, hidden, context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        layer, adapter, context = ctx.run
+        needed = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            hidden = ctx.saved_tensors[0].detach().requires_grad_(needed[0])
+            output = _adapted(layer, adapter, hidden, context)
+        inputs = [value for value, wanted in zip((hidden, *ctx.parameters), needed, strict=True) if wanted]
+        grads = iter(torch.autograd.grad(output, inputs, grad_out, allow_unused=True))
+        return None, None, None, *(next(grads) if wanted else None for wanted in needed)

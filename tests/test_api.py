@@ -215,6 +215,13 @@ def test_a_table_without_a_client_column_is_refused(stores: dict[str, Path]) -> 
         cfe.fit(stores["bert"], examples(4), CONFIG)
 
 
+def test_the_splits_of_a_data_set_are_not_taken_for_clients() -> None:
+    datasets = pytest.importorskip("datasets")
+    split = datasets.Dataset.from_list([{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
+    with pytest.raises(DataError, match="one split of the data set; there are 'train', 'test'"):
+        cfe.fit("no store is read", datasets.DatasetDict({"train": split, "test": split}))
+
+
 def test_conversations_are_learned_and_evaluated(stores: dict[str, Path], tmp_path: Path) -> None:
     store = with_chat_template(stores["llama"], tmp_path)
     turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "abcabc"}]

@@ -65,10 +65,13 @@ def test_probing_fits_the_classifier_to_the_batches_it_is_given(checkpoint: Call
         assert trainer.evaluate(data)["loss"] < float(np.mean(losses))
 
 
-def test_the_last_rounds_fit_the_classifier_to_their_batches_alone(checkpoint: Callable[..., Checkpoint]) -> None:
+def test_the_last_rounds_fit_the_classifier_to_their_batches_and_half_the_first(
+    checkpoint: Callable[..., Checkpoint],
+) -> None:
     data = loader("classes")
     config = ChainConfig(window=1, rounds=3, probe_rounds=1, refit_rounds=1, start_layer=2, adapter_size=4, lr=1e-2)
     with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
+        start = trainer.state_dict()
         for _ in range(2):
             for batch in data[:1]:
                 trainer.step(batch)
@@ -81,7 +84,9 @@ def test_the_last_rounds_fit_the_classifier_to_their_batches_alone(checkpoint: C
         fitted = trainer.state_dict()
     alone = StageTrainer(checkpoint("bert").open(), config, task="classification", num_labels=2)
     statistics, _ = alone.classifier_statistics([as_batch(batch) for batch in data], trained)
-    expected = classifier_fit.solve(statistics["classifier.factor"], 2)
+    first, _ = alone.classifier_statistics([as_batch(data[0])], start)
+    both = [classifier_fit.weighted(first["classifier.factor"], 0.5), statistics["classifier.factor"]]
+    expected = classifier_fit.solve(classifier_fit.merge(both), 2)
     np.testing.assert_allclose(fitted["classifier.out_weight"], expected["classifier.out_weight"], rtol=1e-3, atol=1e-4)
     assert all(fitted[key].tobytes() == trained[key].tobytes() for key in trained if key.startswith("adapters."))
 

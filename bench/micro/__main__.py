@@ -1,4 +1,4 @@
-"""python -m bench.micro [--quick] [--threads N] [--kernels int4_forward,...] [--benchmark-json FILE]
+"""python -m bench.micro [--quick] [--seconds S] [--threads N] [--kernels int4_forward,...] [--benchmark-json FILE]
 
 Every kernel against its peers in one process. Standard output: the peaks of the machine, one JSON line a kernel, peer
 and shape ("ratio" above 1: ours is faster), then the table of medians over the shapes. Progress and failures go to

@@ -64,7 +64,14 @@ def run(options: argparse.Namespace) -> int:
         progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 
-        api.run(config, out, resume=options.resume, callbacks=[progress])
+        try:
+            api.run(config, out, resume=options.resume, callbacks=[progress])
+        except KeyboardInterrupt:
+            if any((out / "state").glob("*")):
+                _say(
+                    f"chainfed: {out} keeps the rounds that are done; the same command with --resume goes on from there"
+                )
+            raise
     print(f"{out}: {progress.summary()}")
     return 0
 
@@ -90,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores))
     else:
-        shown = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in scores.values())
+        shown = (f"{value:.0f}" if name.startswith("num_") else f"{value:.4f}" for name, value in scores.items())
         print("  ".join(f"{name} {value}" for name, value in zip(scores, shown, strict=True)))
     return 0
 

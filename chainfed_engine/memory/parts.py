@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 F32, F64 = 4, 8
 MIB = 1 << 20
-# Libraries at work (BLAS buffers, code paged in, the optimizer's imports), thread stacks, objects of a run. Measured.
-WORKING_BYTES = 40 * MIB
+# Beyond what `settle.py` has run before the count: code that only a run reads, thread stacks, its objects. Measured.
+WORKING_BYTES = 20 * MIB
 HEAP_BYTES = 12 * MIB  # free memory at the top of the heap (8 MiB) and holes between blocks below 1 MiB
 HEAD_WORKSPACE_BYTES = 4 * MIB
 BATCH_TOKEN_BYTES = 24  # ids, mask and labels of a batch, int64
@@ -192,7 +192,7 @@ def profile_bytes(request: Request) -> int:
         rows, depths = _profile_rows(request), _depths_at_once(request)
         columns = 2 * width + 1
         kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
-        reducing = F64 * rows * columns * 2 if rows > columns else 0
+        reducing = _reducing_bytes(rows, columns)
         total = max(total + F32 * depths * rows * width, F32 * tokens * width + kept + reducing)
     return total
 
@@ -210,22 +210,46 @@ def solve_bytes(request: Request) -> int:
     one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
     reply = F32 * min(_profile_rows(request), columns) * columns
     result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
-    stand_ins = _depths_at_once(request) * one + max(one + reply, result + stand_in_map_bytes(request))
+    merging = _reducing_bytes(_profile_rows(request) * _profile_clients(request), columns)
+    merging += F32 * min(_profile_rows(request), columns) * columns if merging else 0
+    stand_ins = _depths_at_once(request) * one + max(one + reply, merging, result + stand_in_map_bytes(request))
     return max(stand_ins, _classifier_fit_bytes(request))
+
+
+def _reducing_bytes(rows: int, columns: int) -> int:
+    """Taking rows into a triangular factor: what the decomposition is given, twice copied, and the factors before and
+    after it."""
+    if rows <= columns:
+        return 0
+    given = min(rows, columns + least_squares.rows_at_once(columns))
+    return F64 * columns * (3 * given + columns)
 
 
 def _classifier_fit_bytes(request: Request) -> int:
     """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
-    config, width = request.config, request.shape.hidden_size
-    fits = config.probe_rounds != 0 or bool(config.refit_rounds)
-    if config.method != "chain" or request.task != "classification" or not fits:
+    width = request.shape.hidden_size
+    if not _fits_classifier(request):
         return 0
     rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
     return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2
 
 
-def stand_in_bytes(request: Request) -> int:
-    """Fitted maps kept through the run: at every depth where a window may end below the top."""
+def _fits_classifier(request: Request) -> bool:
+    config = request.config
+    wanted = config.probe_rounds != 0 or bool(config.refit_rounds)
+    return config.method == "chain" and request.task == "classification" and wanted
+
+
+def statistics_bytes(request: Request) -> int:
+    """What is kept through the run: fitted maps, and the classifier's factor for the refit."""
+    width = request.shape.hidden_size
+    rows = min(classifier_fit.max_rows(width, 2, 1), width + 3)
+    keeps_factor = _fits_classifier(request) and request.config.refit_rounds != 0
+    return _stand_in_bytes(request) + F32 * rows * (width + 3) * keeps_factor
+
+
+def _stand_in_bytes(request: Request) -> int:
+    """At every depth where a window may end below the top."""
     one, width = stand_in_map_bytes(request), request.shape.hidden_size
     array = one // 2 if one < F32 * width * width else one
     depths = _stand_in_depths(request)

@@ -26,7 +26,7 @@ from chainfed_engine.memory.parts import (
     profile_bytes,
     saved_floats,
     solve_bytes,
-    stand_in_bytes,
+    statistics_bytes,
     step_bytes,
 )
 from chainfed_engine.sizes import format_size
@@ -116,7 +116,7 @@ def predict(request: Request, choices: Choices) -> Plan:
     """Predicted peak of the given choices."""
     parts = {"interpreter with torch": request.interpreter_bytes, **_weights(request, choices)}
     parts["adapters and optimizer"] = _adapter_bytes(request)
-    parts["stand-ins"] = stand_in_bytes(request)
+    parts["stand-ins"] = statistics_bytes(request)
     phases = {
         "window step": step_bytes(request, choices),
         "prefix fill": fill_bytes(request, choices),

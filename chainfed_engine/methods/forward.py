@@ -37,7 +37,7 @@ class ForwardTrainer(StageTrainer):
         for parameter in self.parameters.tensors():
             parameter.requires_grad_(False)
         keys = self.parameters.keys(stage.window)
-        tensors = self.optimizer.param_groups[0]["params"]
+        tensors = self.optimizer.parameters
         self.trained_tensors = dict(zip(keys, tensors, strict=True))
         self.generator = np.random.default_rng(int((settings or {}).get("seed", self.config.seed)))
 

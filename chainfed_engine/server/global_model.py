@@ -23,7 +23,8 @@ OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
 
 class GlobalModel:
     """`uses_later_adapters`: whether an auxiliary branch reads the adapters above the window. `train_classifier`:
-    by which windows; unless "always", below the top it is sent as a part of the stand-in.
+    by which windows; unless "always", below the top it is sent as a part of the stand-in. `refits`: whether the
+    statistics of the classifier are wanted again once the features have changed.
 
     Raises InvalidArgument when a layer of `trained_layers` has no adapter, or classification no classifier.
     """
@@ -37,6 +38,7 @@ class GlobalModel:
         trained_layers: range,
         uses_later_adapters: bool,
         train_classifier: Literal["never", "at-top", "always"] = "always",
+        refits: bool = False,
     ) -> None:
         self._trained = Parameters(initial)
         self._stand_ins = Parameters({})
@@ -45,6 +47,7 @@ class GlobalModel:
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
         self._train_classifier = train_classifier
+        self._refits = refits
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
                 raise InvalidArgument(f"initial: expected an adapter for layer {layer}, got none")
@@ -133,7 +136,8 @@ class GlobalModel:
     def update(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Install new values of adapters, the classifier or the method's own arrays: other final features from now."""
         self._trained.replace(arrays)
-        self._factor = {}
+        if not self._refits:
+            self._factor = {}
 
     def refuse_factor(self, arrays: object, *, at_most: float = np.inf) -> str | None:
         """Why these are not the statistics of a closed-form classifier over `at_most` rows, or None."""
@@ -157,16 +161,18 @@ class GlobalModel:
         known = row_size(self._factor[FACTOR_KEY], ones) if self._factor else None
         return refuse_sizes(sizes, FACTOR_KEY, limit=limit, known=known)
 
-    def fit_classifier(self, statistics: list[Arrays]) -> None:
-        """The classifier that all rows seen since the features last changed ask for, these included, in this order."""
-        parts = [self._factor, *statistics] if self._factor else statistics
-        factor = classifier_fit.merge([part[FACTOR_KEY] for part in parts])
+    def fit_classifier(self, statistics: list[Arrays], *, weight: float = 1.0) -> None:
+        """The classifier that all rows given so far ask for, these included, in this order. `weight`: how often these
+        count against those of other features; all together count as if it were 1."""
+        parts = [classifier_fit.weighted(part[FACTOR_KEY], weight) for part in statistics]
+        factor = classifier_fit.merge([*self._factor.values(), *parts])
         has_bias = OUT_BIAS in self._trained.classifier_keys()
-        self._trained.replace(classifier_fit.solve(factor, len(self.array(OUT_WEIGHT)), bias=has_bias))
+        counted = classifier_fit.weighted(factor, 1 / weight)
+        self._trained.replace(classifier_fit.solve(counted, len(self.array(OUT_WEIGHT)), bias=has_bias))
         self._factor = {FACTOR_KEY: factor}
 
     def statistics(self) -> Arrays:
-        """What is kept beside the parameters: stand-ins, and the classifier's factor while the features stand."""
+        """What is kept beside the parameters: stand-ins, and the classifier's factor while it is of use."""
         return {**self._stand_ins.select(self._stand_ins.sorted_keys()), **self._factor}
 
     def take_factor(self, saved: Arrays) -> Arrays:

@@ -81,6 +81,10 @@ class Plan:
             return round_id, 0
         return round_id - (self.rounds - self.refit_rounds), 1
 
+    def row_weight(self, round_id: int) -> float:
+        """How often the rows of this closed-form round count."""
+        return classifier_fit.REFIT_WEIGHT if self.closed_form_index(round_id)[1] else 1.0
+
     def max_rows(self, shape: tuple[int, int], clients_a_round: int) -> int:
         """Rows that one client may give to the closed form of the classifier [C, D]."""
         num_clients = clients_a_round * max(self.probe_rounds, self.refit_rounds)

@@ -77,6 +77,7 @@ class Server:
             trained_layers=self._plan.trained_layers(),
             uses_later_adapters=config.auxiliary_weight > 0 or config.foresight_every > 0,
             train_classifier=self._plan.train_classifier(shape.architecture, initial),
+            refits=self._plan.refit_rounds > 0,
         )
         self._method = method(config, self._model)
         self.combiner = Combiner(config, self._plan, self._model, self._method, num_clients=len(client_samples))
@@ -283,11 +284,7 @@ class Server:
         )
 
     def _finish_round(
-        self,
-        collector: UpdateCollector,
-        rejected: dict[str, str],
-        bytes_down: int,
-        bytes_up: int,
+        self, collector: UpdateCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
         stage, round_id = self._stage(), self._round_id
         config = self.config
@@ -302,7 +299,8 @@ class Server:
             collector.drop(out_of_line)
             rejected |= out_of_line
         if collector.usable and self._plan.fits_classifier(stage):
-            self._model.fit_classifier([collector.usable[name].arrays for name in sorted(collector.usable)])
+            given = [collector.usable[name].arrays for name in sorted(collector.usable)]
+            self._model.fit_classifier(given, weight=self._plan.row_weight(round_id))
         elif collector.usable:
             self._model.update(self.combiner.combine(collector.usable, stage, round_id))
         self._typical_size = collector.typical_size

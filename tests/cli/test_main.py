@@ -38,7 +38,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def evaluate(run_dir: Path, data: Path, *, device: str | None) -> dict[str, Any]:
         calls.append(("evaluate", run_dir, data, device))
-        return {"accuracy": 0.5, "num_samples": 8}
+        return {"accuracy": 0.5, "num_samples": 8.0}
 
     fake = SimpleNamespace(plan=plan, run=run, evaluate=evaluate, calls=calls)
     monkeypatch.setitem(sys.modules, "chainfed_engine.api", fake)  # type: ignore[arg-type]
@@ -150,6 +150,23 @@ def test_an_interrupt_exits_with_130(
     monkeypatch.setattr(api, "evaluate", interrupted)
     assert main(["eval", "run", "--data", "x.csv"]) == 130
     assert capsys.readouterr().err == "chainfed: interrupted\n"
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    api: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: RunConfig, out: Path, **_: Any) -> None:
+        if out.name == "late":
+            (out / "state").mkdir(parents=True)
+            (out / "state" / "server.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "run", interrupted)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    for name, hint in (("early", False), ("late", True)):
+        assert main(["run", str(tmp_path / "config.toml"), "--out", str(tmp_path / name)]) == 130
+        said = capsys.readouterr().err
+        assert said.endswith("chainfed: interrupted\n") and ("with --resume goes on" in said) == hint
 
 
 def test_convert_and_synth_pass_formats_on(

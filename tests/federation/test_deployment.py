@@ -201,7 +201,9 @@ def test_a_site_that_is_silent_is_named_and_the_round_goes_on_without_it(root: P
     outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path), spoil=silent))
     assert outcome["status"] == "done", outcome
     with_it = [event for event in _rounds(tmp_path / "run") if "hospital" in event["silent"]]
-    assert with_it and all(event["accepted"] and "hospital" not in event["clients"] for event in with_it)
+    assert with_it and all(
+        event["accepted"] and event["clients"] and "hospital" not in event["clients"] for event in with_it
+    )
 
 
 def test_a_task_that_got_lost_is_sent_again_and_the_bits_are_those_of_a_calm_run(root: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class _Diverging(FakeTrainer):
 def test_a_client_that_diverges_is_left_out_and_harms_no_one(tmp_path: Path) -> None:
     trainer = _Diverging("client-002")
     transport = LocalTransport(clients(4, trainer))
-    chain = config(clients_per_round=4, stand_in=False, start_layer=0)
+    chain = config(clients_per_round=4, stand_in=False, start_layer=0, probe_rounds=0, refit_rounds=0, norm_limit=0.0)
     with RunDirectory(tmp_path / "run") as directory:
         result = fit(server_of(chain, transport), transport, None, directory)
     assert all(np.isfinite(array).all() for array in result.parameters.values())

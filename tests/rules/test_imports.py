@@ -20,7 +20,7 @@ ROWS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"native", "memory", "cache_cipher"}),
     frozenset({"model", "data", "adapters"}),
-    frozenset({"parameters", "prefix", "boundary", "window", "objective"}),
+    frozenset({"parameters", "optimizer", "prefix", "boundary", "window", "objective"}),
     frozenset({"profile", "step", "methods", "client", "callbacks", "chain_trainer"}),
     frozenset({"server"}),
     frozenset({"federation"}),

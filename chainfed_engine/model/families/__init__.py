@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from chainfed_engine.errors import UnsupportedModel
+from chainfed_engine.memory.deferred import deferred_imports
 from chainfed_engine.model.families import names
 from chainfed_engine.model.families.names import Location, NameTable
 
@@ -50,7 +51,8 @@ def name_table(model_type: str) -> NameTable:
 def family(model_type: str) -> "Family":
     """The family of `model_type`. Raises UnsupportedModel for an architecture that is not in `SUPPORTED`."""
     _require(model_type)
-    found: Family = import_module(f"chainfed_engine.model.families.{model_type}").FAMILY
+    with deferred_imports():
+        found: Family = import_module(f"chainfed_engine.model.families.{model_type}").FAMILY
     return found
 
 

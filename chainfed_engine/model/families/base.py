@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from chainfed_engine.errors import InvalidArgument, UnsupportedModel
 from chainfed_engine.types import Batch
@@ -85,13 +86,26 @@ class Family(ABC):
         """What the layers share in a pass; `tokens`: bool [B,T], True = token, as `checked_mask` gives it."""
 
 
+class _NoInit(TorchFunctionMode):
+    """Leaves out `torch.nn.init` and what else on the meta device runs through torch's reference code in Python, which
+    imports the compiler and symbolic algebra: there is nothing to fill."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init" or function is Tensor.fill_:
+            return args[0] if args else named["tensor"]
+        if function is torch.arange:  # position ids, which the caller deletes
+            named = {**named, "device": "cpu"}
+        return function(*args, **named)
+
+
 def without_weights(build: Any) -> nn.Module:
     """Call `build` on the meta device and switch the module to evaluation mode with frozen parameters.
 
     Raises UnsupportedModel when the library cannot build it: an unknown activation, heads that do not divide the size.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             module: nn.Module = build()
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModel(f"config: transformers cannot build the layer: {str(error)[:300]}") from error

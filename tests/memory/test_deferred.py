@@ -1,0 +1,64 @@
+"""Imports that wait: what a run leaves out, and that everything works for whoever uses it afterwards."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("accelerate", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor")
+LEAN = """
+import sys, torch
+import chainfed_engine.model.families as families
+family = families.family(sys.argv[1])
+sizes = {"num_hidden_layers": 1, "vocab_size": 50}
+names = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+if sys.argv[1] == "distilbert":
+    names = {"dim": 32, "n_heads": 2, "hidden_dim": 64, "n_layers": 1}
+config = family.config_class(**sizes, **names)
+config._attn_implementation = "sdpa"
+family.layer(config, 0)
+family.embeddings(config)
+print(*[name for name in sys.argv[2:] if name in sys.modules])
+"""
+AFTERWARDS = """
+import sys, torch
+import chainfed_engine.model.families as families
+families.family("llama")
+from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers.loss import loss_for_object_detection
+config = LlamaConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1, vocab_size=50)
+model = LlamaForCausalLM(config)
+ids = torch.arange(6)[None]
+loss = model(input_ids=ids, labels=ids).loss
+loss.backward()
+assert torch.isfinite(loss)
+rows, columns = loss_for_object_detection.linear_sum_assignment([[4.0, 1.0], [2.0, 3.0]])
+assert list(columns) == [1, 0]
+from scipy.optimize import linear_sum_assignment
+import sympy, accelerate, torch._dynamo
+from torch.distributed.tensor import DTensor
+assert isinstance(DTensor, type) and not isinstance(model.lm_head.weight, DTensor)
+assert sympy.simplify("x - x") == 0
+model.eval()
+model.zero_grad()
+with torch.no_grad():
+    compiled = torch.compile(model, backend="eager")(input_ids=ids).logits
+    assert torch.allclose(compiled, model(input_ids=ids).logits, atol=1e-6)
+print("works")
+"""
+
+
+def run_script(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_family_and_its_modules_come_without_what_a_run_never_calls(architecture: str) -> None:
+    assert run_script(LEAN, architecture, *HEAVY) == ""
+
+
+def test_what_was_deferred_works_for_whoever_uses_it_later() -> None:
+    assert run_script(AFTERWARDS).endswith("works")
