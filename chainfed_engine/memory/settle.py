@@ -44,7 +44,8 @@ def _compute() -> None:
     rows = torch.zeros(2, 4, 128, 192)
     hidden = functional.scaled_dot_product_attention(rows, rows, rows, is_causal=True)
     hidden = functional.layer_norm(hidden.transpose(1, 2).reshape(256, 768), (768,)) @ weight.T
-    functional.cross_entropy(functional.gelu(functional.silu(hidden)), torch.zeros(256, dtype=torch.int64)).backward()
+    loss = functional.cross_entropy(functional.gelu(functional.silu(hidden)), torch.zeros(256, dtype=torch.int64))
+    loss.backward()  # type: ignore[no-untyped-call]
     square = np.eye(256)
     np.linalg.eigh(square @ square)
     np.linalg.qr(square, mode="r")

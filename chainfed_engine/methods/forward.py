@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
 from chainfed_engine.model.place import batch_on
@@ -21,7 +21,7 @@ from chainfed_engine.types import Arrays, Batch, Scalar, Stage
 class ForwardTrainer(StageTrainer):
     """`trained_tensors`: key -> parameter of what the stage trains; `generator`: the site's own, seeded by the task."""
 
-    trained_tensors: dict[str, nn.Parameter]
+    trained_tensors: dict[str, Tensor]
     generator: np.random.Generator
 
     def begin(
