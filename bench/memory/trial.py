@@ -28,6 +28,7 @@ num_clients = 2
 [chain]
 window = {window}
 start_layer = "auto"
+stand_in = {stand_in}
 rounds = {rounds}
 [train]
 batch_size = {batch}
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--stand-in", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     folder = Path(options.folder or tempfile.mkdtemp(prefix="chainfed-trial-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,7 @@ def trial(options: argparse.Namespace, folder: Path, store: Path) -> int:
     names = {"store": json.dumps(str(store)), "train": json.dumps(str(train)), "eval": json.dumps(str(held_out))}
     budget = options.budget or options.limit
     settings = {name: getattr(options, name) for name in ("window", "rounds", "batch", "tokens", "steps")}
+    settings["stand_in"] = str(options.stand_in).lower()
     config = folder / "config.toml"
     config.write_text(CONFIG.format(**names, budget=budget, **settings))
     commands = {
