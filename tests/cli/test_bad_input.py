@@ -205,7 +205,9 @@ def test_a_directory_that_holds_a_run_and_one_that_holds_none(folder: Path, caps
     again = refused(capsys, folder, "run", "run.toml", "--out", "out")
     assert "out: holds a run already; take it up with --resume or choose another folder" in again
     assert "new: no run to resume here" in refused(capsys, folder, "run", "run.toml", "--out", "new", "--resume")
-    assert "new/config.toml: cannot be read" in refused(capsys, folder, "eval", "new", "--data", "eval.csv")
+    assert "new/adapters.safetensors: not found; expected the directory of a run" in refused(
+        capsys, folder, "eval", "new", "--data", "eval.csv"
+    )
 
 
 @pytest.mark.parametrize(
