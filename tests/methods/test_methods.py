@@ -93,7 +93,7 @@ def test_the_slope_is_the_gradient_along_the_direction_and_moves_nothing(
     begin(plain, arrays)
     assert plain.window is not None
     loss = plain.objective(plain.window(plain.boundary(batch), plain.model.context(batch)), batch)
-    tensors = dict(zip(plain.parameters.keys(WHOLE.window), plain.optimizer.param_groups[0]["params"], strict=True))
+    tensors = dict(zip(plain.parameters.keys(WHOLE.window), plain.optimizer.parameters, strict=True))
     gradients = dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values())), strict=True))
     expected = sum(float((gradients[key] * torch.from_numpy(along[key])).sum()) for key in along)
     assert slope == pytest.approx(expected, rel=0.05, abs=0.02)
