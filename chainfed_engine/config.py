@@ -67,6 +67,9 @@ class ChainConfig:
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
+    # rows of all clients together that one depth's is fitted on; None: as many as the budget allows, at most 14551 for
+    # D = 576 and 1024 for D = 4096
+    stand_in_rows: int | None = _in("chain", None, low=16, high=2**20, none="auto")
     # every k-th step takes the exact end-to-end loss, the layers above the window streamed one at a time; 0: never
     foresight_every: int = _in("chain", 0)
     # whether steps train the classifier once it was fitted in closed form, where it is all that follows the last layer;

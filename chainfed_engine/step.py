@@ -19,6 +19,7 @@ from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.cache_cipher import CacheCipher
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.memory.lean import KEPT_HEAP_BYTES
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import batch_on
@@ -149,6 +150,9 @@ class StageTrainer:
             loss = objective(hidden, batch_on(micro, hidden.device)) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            # Blocks of a shorter batch lie in the heap, those of a longer one beside it: free, the first must not stay.
+            del hidden, loss
+            native.trim_heap(above_bytes=KEPT_HEAP_BYTES)
         if not math.isfinite(total):
             self.optimizer.zero_grad()
             raise NonFiniteLoss(
@@ -182,15 +186,16 @@ class StageTrainer:
         with_scores: bool = True,
     ) -> Arrays:
         """CKA score of every layer (`with_scores`) and stand-in statistics for `depths`, under the parameters in
-        `arrays`; at most `max_rows` rows, spread evenly (None: all)."""
+        `arrays`; at most `max_rows` rows, spread evenly (None: all), and no more than this site's own plan allows."""
         self.parameters.load(arrays)
+        limits = [limit for limit in (max_rows, self.config.stand_in_rows) if limit is not None]
         statistics = profile(
             self.prefix,
             batches,
             self.readout,
             depths=depths,
             normalise=self.normalise,
-            max_rows=max_rows,
+            max_rows=min(limits, default=None),
             with_scores=with_scores,
         )
         native.trim_heap()

@@ -31,6 +31,7 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
         longest_tokens=max((len(ids) for part in parts for ids in part.input_ids), default=None),
         most_targets=max((part.most_targets for part in parts), default=None),
         largest_client_samples=max((len(part) for part in clients.values()), default=0),
+        evaluation_samples=0 if evaluation is None else len(evaluation),
         num_clients=len(clients) or None,
     )
     info = StoreInfo.read(config.store)
