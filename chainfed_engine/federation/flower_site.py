@@ -14,6 +14,7 @@ from chainfed_engine.federation import flower_starter, flower_supernode
 from chainfed_engine.federation.files import make_folder
 from chainfed_engine.federation.flower_supernode import POLL_VARIABLE
 from chainfed_engine.federation.processes import Child, flower_environment, flower_program
+from chainfed_engine.federation.server_watch import ServerWatch
 from chainfed_engine.federation.site import Site
 from chainfed_engine.federation.site_socket import SiteSocket
 
@@ -61,6 +62,8 @@ class FlowerSite:
         command += ["--node-config", f'socket="{self._socket.path}"']
         self.supernode = Child(command, environment, log)
         self._starter = Child([*python, flower_starter.__name__, str(starter)], environment, log)
+        self._name, self._log = options.name, log
+        self._watch = ServerWatch(options.name, options.server, options.keys / "ca.crt", log)
 
     def __enter__(self) -> "FlowerSite":
         return self
@@ -72,11 +75,14 @@ class FlowerSite:
         self._site.close()
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
-        """Answer messages for ever, or until `until` says so."""
+        """Answer messages for ever, or until `until` says so; what is wrong with the server is told on standard error."""
         while not until():
             self._starter.keep_running()
             before = self.supernode.starts
             self.supernode.keep_running(after_seconds=_AGAIN_SECONDS)
-            if self.supernode.starts > max(before, 1):
-                print(f"chainfed: SuperNode ended, start {self.supernode.starts}", file=sys.stderr, flush=True)
+            line = self._watch.look()
+            if line is None and self.supernode.starts > max(before, 1) and self._watch.trouble is None:
+                line = f"{self._name}: Flower's SuperNode ended and was started again; {self._log} says why"
+            if line is not None:
+                print(f"chainfed: {line}", file=sys.stderr, flush=True)
             self._socket.serve_once()
