@@ -33,8 +33,6 @@ from chainfed_engine.profile import profile
 from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind, Window
 from chainfed_engine.window import TrainedWindow
 
-BATCHES_A_TRIM = 16
-
 
 class StageTrainer:
     """Trains one stage at a time over one frozen base. Not thread-safe; sites that share it take turns.
@@ -224,9 +222,7 @@ class StageTrainer:
         """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
         self.parameters.load(arrays)
         samples, targets, correct, loss = 0, 0, 0, 0.0
-        for index, (batch, hidden) in enumerate(self.prefix.sweep(batches, range(self.model.num_layers))):
-            if index % BATCHES_A_TRIM == 0:
-                native.trim_heap()  # buffers of ever other sizes touch the whole heap that training left
+        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
             samples += len(batch.sample_ids)
             batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):
