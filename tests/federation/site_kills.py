@@ -1,4 +1,4 @@
-"""Ends a federation of one site at a chosen change to the files below a folder, and says how it ends when taken up again.
+"""Ends a federation of one site at a chosen change to the site's files, and says how it ends when taken up again.
 
 Run as a module: ROOT as deployed.py makes it, a folder to work in, then numbers of changes. Each change is a fork of
 this process, which has imported torch but never used it. What Python tells its audit hooks counts as a change: a file
