@@ -2,7 +2,7 @@
 
 `pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
 `native/__init__.py` (in the source tree for `pip install -e .`). CHAINFED_BUILD_DIR names a build folder to share with
-`cmake --build`. Torch is not needed to build. The CUDA backend, which takes longer to compile than all the rest, is built
+`cmake --build`. Torch is not needed to build. The CUDA backend takes longer to compile than all the rest: it is built
 where CHAINFED_CUDA=1 (or auto: if nvcc works) stands in the environment; CHAINFED_CUDA_ARCHITECTURES=87 says for which
 devices (cmake/cuda.cmake).
 """

@@ -18,8 +18,9 @@ from chainfed_engine.federation.server_watch import ServerWatch
 from chainfed_engine.federation.site import Site
 from chainfed_engine.federation.site_socket import SiteSocket
 
-# A SuperNode that comes back is refused until the server has noticed that the old one is gone (about 40 seconds).
-_AGAIN_SECONDS = 5.0
+# A SuperNode that comes back is refused until the server has noticed that the old one is gone (about 40 seconds); each
+# start costs seconds of processor time, so one that is refused again and again is started less and less often.
+_AGAIN_SECONDS, _LONGEST_SECONDS = 5.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ class FlowerSite:
         self._site.close()
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
-        """Answer messages for ever, or until `until` says so; what is wrong with the server is told on standard error."""
+        """Answer messages for ever, or until `until` says so; what is wrong with the server goes to standard error."""
+        refused = 0  # starts since the server answered last
         while not until():
             self._starter.keep_running()
             before = self.supernode.starts
-            self.supernode.keep_running(after_seconds=_AGAIN_SECONDS)
+            self.supernode.keep_running(after_seconds=min(_AGAIN_SECONDS * 2 ** min(refused, 8), _LONGEST_SECONDS))
             line = self._watch.look()
+            refused = 0 if self._watch.trouble is None else refused + self.supernode.starts - before
             if line is None and self.supernode.starts > max(before, 1) and self._watch.trouble is None:
                 line = f"{self._name}: Flower's SuperNode ended and was started again; {self._log} says why"
             if line is not None:

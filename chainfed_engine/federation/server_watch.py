@@ -16,7 +16,7 @@ _MAX_READ = 1 << 20  # bytes of log a look; a log that grows faster is read late
 
 
 def why_unreachable(server: str, certificate: Path) -> str | None:
-    """None if HOST:PORT answers with a certificate that `certificate` signed, else what is wrong there and what to do."""
+    """None if HOST:PORT answers with a certificate that `certificate` signed, else what is wrong and what to do."""
     host, _, port = server.rpartition(":")
     host = host.strip("[]")
     try:
@@ -74,9 +74,9 @@ class ServerWatch:
         if "Exit Code: 305" not in text and "UNAUTHORIZED" not in text.upper():
             return None  # a short break that is over
         return (
-            f"it does not let this site in: its key is not registered, or not yet (`chainfed serve --sites` has to name "
-            f"{self._site}, and keys/server/sites/{self._site}.pub belong to this site.key), or an earlier process of this "
-            "site still counts as running, which ends within a minute"
+            "it does not let this site in: its key is not registered, or not yet (`chainfed serve --sites` has to name "
+            f"{self._site}, and keys/server/sites/{self._site}.pub belong to this site.key), or an earlier process of "
+            "this site still counts as running, which ends within a minute"
         )
 
     def _new_text(self) -> str:

@@ -1,9 +1,10 @@
-"""Ends a federation of one site at a chosen change to the files below a folder, and says how it ends when taken up again.
+"""Ends a federation of one site at a chosen change to the site's files, and says how it ends when taken up again.
 
-Run as a module: ROOT as deployed.py makes it, a folder to work in, then numbers of changes. Each change is a fork of
-this process, which has imported torch but never used it. What Python tells its audit hooks counts as a change: a file
-opened to be written, renamed, removed, a folder made; so nothing in the engine has to know of this. `half` in front of
-a number: what was opened last is cut to half its size too. Without numbers: prints how many changes there are.
+Run as a module: ROOT as deployed.py makes it, a folder to work in, then `all` or shares of the changes from 0 to 1;
+`half` in front of one: what was opened last is cut to half its size too. Prints one JSON object a line: the undisturbed
+run first. What Python tells its audit hooks counts as a change (a file opened to be written, renamed, removed, a folder
+made), so nothing in the engine has to know of this. Each run is a fork of this process, which has imported torch and
+never used it.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ from chainfed_engine.federation import deployment
 from chainfed_engine.federation.deployment import serve_rounds
 from chainfed_engine.federation.transport_flower import FlowerTransport
 from tests.federation.deployed import SITES, DirectCourier, site
+from tests.federation.kill_points import KILLED
 
-KILLED = 77
 SITE = SITES[0]
 _EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate")
 
@@ -80,27 +81,38 @@ def forked(do: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def report(work: Path, at: str, codes: list[int], changes: list[str]) -> None:
+    adapters = work / "run" / "adapters.safetensors"
+    digest = hashlib.sha256(adapters.read_bytes()).hexdigest() if adapters.exists() else ""
+    leftover = [path.name for path in (work / "sites").rglob("*.partial")]
+    line = {"at": at, "codes": codes, "adapters": digest, "leftover": leftover, "changes": changes}
+    print(json.dumps(line), flush=True)
+
+
 def main(root: Path, work: Path, asked: list[str]) -> None:
     import_module("transformers.models.bert.modeling_bert")  # once, not in every fork
-    if not asked:
+    work.mkdir()
+
+    def count() -> None:
         changes = Changes(work / "sites")
         federation(root, work)
         (work / "changes.json").write_text(json.dumps(changes.seen))
-        return
+
+    codes = [forked(count)]
+    changes = json.loads((work / "changes.json").read_text())
+    report(work, "", codes, changes)
+    if asked == ["all"]:
+        asked = [f"{half}{number / len(changes)!r}" for number in range(len(changes)) for half in ("", "half")]
     for text in asked:
-        number, half = int(text.removeprefix("half")), text.startswith("half")
-        shutil.rmtree(work, ignore_errors=True)
+        number, half = round(float(text.removeprefix("half")) * len(changes)), text.startswith("half")
+        shutil.rmtree(work)
         work.mkdir()
 
         def killed(number: int = number, half: bool = half) -> None:
             Changes(work / "sites", number, half=half)
             federation(root, work)
 
-        codes = [forked(killed), forked(lambda: federation(root, work))]
-        adapters = work / "run" / "adapters.safetensors"
-        digest = hashlib.sha256(adapters.read_bytes()).hexdigest() if adapters.exists() else ""
-        leftover = [path.name for path in (work / "sites").rglob("*.partial")]
-        print(json.dumps({"at": text, "codes": codes, "adapters": digest, "leftover": leftover}), flush=True)
+        report(work, text, [forked(killed), forked(lambda: federation(root, work))], changes[number : number + 1])
 
 
 if __name__ == "__main__":
