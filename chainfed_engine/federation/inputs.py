@@ -43,7 +43,7 @@ def complete(config: RunConfig, table: Table) -> Table:
     `missing` "error" the table as it is, for encoding names the first such row."""
     if config.data.missing == "error":
         return table
-    names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
+    names = [*config.data.needed, *([config.data.client] if config.data.client in table.columns else [])]
     kept = table.without_blanks([name for name in names if name is not None])
     if len(kept) < len(table):
         warnings.warn(

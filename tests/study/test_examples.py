@@ -11,7 +11,7 @@ STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 
 @pytest.mark.parametrize(
-    ("name", "at_most"), [("small", 4), ("core", 45), ("limited", 42), ("ablation", 42), ("updates", 6)]
+    ("name", "at_most"), [("small", 4), ("core", 45), ("limited", 42), ("ablation", 42), ("updates", 4)]
 )
 def test_an_example_study_is_sound_and_as_large_as_it_says(name: str, at_most: int) -> None:
     study = load_study(STUDIES / f"{name}.toml")
