@@ -114,6 +114,7 @@ void multiply_factors(const WeightBlock& weights, const uint8_t* group, int64_t 
     out[t][1] = _mm256_loadu_ps(from + t * from_stride + 8);
   }
   const auto* x_sums = reinterpret_cast<const float*>(group + kGroup * (kTileCols + sizeof(float)));
+#pragma GCC unroll 4
   for (int64_t i = 0; i < num_tiles; ++i, x_sums += group_tile_bytes(kGroup) / sizeof(float)) {
     const __m256 offset0 = _mm256_load_ps(block.tiles[i].offset), offset1 = _mm256_load_ps(block.tiles[i].offset + 8);
 #pragma GCC unroll 4
