@@ -123,8 +123,8 @@ flower: build $(FLOWER)/.installed  ## Flower's real processes: TLS, strangers, 
 flower-bench: build $(FLOWER)/.installed  ## what a round over Flower costs: 4 sites, 1 MB each way
 	$(FLOWER)/bin/python -m bench.flow.flower_round --sites 4 --rounds 7
 
-kill-sweep: build  ## a run ended at every change to the file system, taken up again, compared bit by bit
-	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py
+kill-sweep: build  ## a run, and a site, ended at every change to the file system, taken up again, compared bit by bit
+	CHAINFED_KILL_SWEEP=full $(BIN)/python -m pytest --timeout 1800 tests/federation/test_kill_sweep.py tests/federation/test_site_kills.py
 
 # Peers that nothing else needs.
 $(VENV)/.bench: $(VENV)/.samples

@@ -2,8 +2,9 @@
 
 `pip install .` configures CMakeLists.txt in the temporary build folder and places `_native` beside the package's
 `native/__init__.py` (in the source tree for `pip install -e .`). CHAINFED_BUILD_DIR names a build folder to share with
-`cmake --build`. Torch is not needed to build. The CUDA backend is built when nvcc is there; CHAINFED_CUDA=0 or 1 and
-CHAINFED_CUDA_ARCHITECTURES=87 in the environment choose otherwise (cmake/cuda.cmake).
+`cmake --build`. Torch is not needed to build. The CUDA backend takes longer to compile than all the rest: it is built
+where CHAINFED_CUDA=1 (or auto: if nvcc works) stands in the environment; CHAINFED_CUDA_ARCHITECTURES=87 says for which
+devices (cmake/cuda.cmake).
 """
 
 import os
@@ -15,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 _TARGETS = ("--target", "_native", "chainfed_module")  # the second: the CUDA library, where it is built
-_CUDA_CHOICES = {"CHAINFED_CUDA": "auto", "CHAINFED_CUDA_ARCHITECTURES": ""}
+_CUDA_CHOICES = {"CHAINFED_CUDA": "0", "CHAINFED_CUDA_ARCHITECTURES": ""}
 
 
 class CMakeBuild(build_ext):

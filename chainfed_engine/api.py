@@ -203,7 +203,7 @@ def _train(
     plan = plan_run(config, clients, evaluation)
     absent = _left_out(config, table, clients, plan)
     clients = {name: part for name, part in clients.items() if name not in absent}
-    recorded = replace(config, chain=replace(config.chain, cache_format=plan.choices.cache_format))
+    recorded = replace(config, chain=plan.recorded_in(config.chain))
     # The session first: what it refuses (a damaged store, choices that do not fit the model) must leave no run behind.
     with (
         Session(

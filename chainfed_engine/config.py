@@ -67,6 +67,9 @@ class ChainConfig:
     adapter: Literal["bottleneck", "lora"] = _in("chain", "bottleneck")
     adapter_size: int = _in("chain", 16, low=1, high=4096)  # bottleneck width or LoRA rank
     stand_in: bool = _in("chain", True)
+    # rows of all clients together that one depth's is fitted on; None: as many as the budget allows, at most 14551 for
+    # D = 576 and 1024 for D = 4096
+    stand_in_rows: int | None = _in("chain", None, low=16, high=2**20, none="auto")
     # every k-th step takes the exact end-to-end loss, the layers above the window streamed one at a time; 0: never
     foresight_every: int = _in("chain", 0)
     # whether steps train the classifier once it was fitted in closed form, where it is all that follows the last layer;
@@ -148,7 +151,8 @@ class DataConfig:
     """Where the examples are. The task follows from the columns: `label` (classification), `response` or `messages`
     (causal LM: prompt and response, or whole conversations with loss on the assistant's turns).
 
-    `missing`: what to do with rows whose text, label, prompt, response or messages are blank. Clients are named by the
+    `text` and `prompt` may join several columns: "subject + body" is what is not blank of both, a line each. `missing`:
+    what to do with rows whose text, label, prompt, response or messages are blank. Clients are named by the
     `client` column; without one the rows are dealt to `num_clients` clients by `partition` ("auto": "dirichlet" over
     the labels where there are labels, else "iid").
     """
@@ -194,6 +198,11 @@ class DataConfig:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the training table that this run reads, without the client column."""
+        return tuple(part for name in self.needed for part in joined_columns(name))
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """What every row must have: columns, or several joined by " + ", one of which is enough."""
         if self.messages is not None:
             return (self.messages,)
         return (self.prompt, self.response) if self.response is not None else (self.text, self.label or "")
@@ -214,6 +223,11 @@ def parse_sizes(name: str, text: str) -> list[int]:
         return [parse_size(part.strip()) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def joined_columns(name: str) -> list[str]:
+    """The columns that "a + b" stands for; a plain name stands for itself."""
+    return [part.strip() for part in name.split(" + ")]
 
 
 def _check_fields(record: ChainConfig | DataConfig) -> None:

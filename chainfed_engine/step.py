@@ -19,6 +19,7 @@ from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.cache_cipher import CacheCipher
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
+from chainfed_engine.memory.lean import KEPT_HEAP_BYTES
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import batch_on
@@ -31,8 +32,6 @@ from chainfed_engine.prefix.supply import BoundarySupply
 from chainfed_engine.profile import profile
 from chainfed_engine.types import IGNORE_INDEX, Arrays, Batch, Scalar, Stage, TaskKind, Window
 from chainfed_engine.window import TrainedWindow
-
-BATCHES_A_TRIM = 16
 
 
 class StageTrainer:
@@ -149,6 +148,9 @@ class StageTrainer:
             loss = objective(hidden, batch_on(micro, hidden.device)) * share
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            # Blocks of a shorter batch lie in the heap, those of a longer one beside it: free, the first must not stay.
+            del hidden, loss
+            native.trim_heap(above_bytes=KEPT_HEAP_BYTES)
         if not math.isfinite(total):
             self.optimizer.zero_grad()
             raise NonFiniteLoss(
@@ -182,15 +184,16 @@ class StageTrainer:
         with_scores: bool = True,
     ) -> Arrays:
         """CKA score of every layer (`with_scores`) and stand-in statistics for `depths`, under the parameters in
-        `arrays`; at most `max_rows` rows, spread evenly (None: all)."""
+        `arrays`; at most `max_rows` rows, spread evenly (None: all), and no more than this site's own plan allows."""
         self.parameters.load(arrays)
+        limits = [limit for limit in (max_rows, self.config.stand_in_rows) if limit is not None]
         statistics = profile(
             self.prefix,
             batches,
             self.readout,
             depths=depths,
             normalise=self.normalise,
-            max_rows=max_rows,
+            max_rows=min(limits, default=None),
             with_scores=with_scores,
         )
         native.trim_heap()
@@ -219,9 +222,7 @@ class StageTrainer:
         """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
         self.parameters.load(arrays)
         samples, targets, correct, loss = 0, 0, 0, 0.0
-        for index, (batch, hidden) in enumerate(self.prefix.sweep(batches, range(self.model.num_layers))):
-            if index % BATCHES_A_TRIM == 0:
-                native.trim_heap()  # buffers of ever other sizes touch the whole heap that training left
+        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
             samples += len(batch.sample_ids)
             batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):

@@ -1,8 +1,8 @@
 # The CUDA backend: libchainfed_cuda.so beside `_native`, which opens it when the first CUDA array comes. A library of
 # its own, so that `_native` is the same with and without it. And, for the tests, the same sources compiled as C++ for
 # the emulator (csrc/cuda/emulator.h).
-#   CHAINFED_CUDA               1: required; auto: built when nvcc is there and can compile (what pip does, setup.py);
-#                               0 or empty: not built, so that work on the core never waits for nvcc
+#   CHAINFED_CUDA               1: required; auto: built when nvcc is there and can compile; 0 or empty: not built, so
+#                               that neither pip nor work on the core waits for nvcc
 #   CHAINFED_CUDA_ARCHITECTURES list of 80, 87, ...; 80 or above. The newest is also built as portable code (PTX), which
 #                               the driver compiles for devices newer than all of them.
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)

@@ -34,7 +34,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
     join.add_argument("--name", required=True, help="the name under which the server registered this site's key")
     join.add_argument("--out", required=True, metavar="DIR", help="the site's folder: caches, adapters, logs")
     join.add_argument("--keys", required=True, metavar="DIR", help="the folder sites/NAME/ that `chainfed keys` made")
-    join.add_argument("--server", required=True, metavar="HOST:PORT")
+    join.add_argument("--server", required=True, type=_address, metavar="HOST:PORT")
     join.add_argument("--port", type=int, default=9094, help="a free port of this machine for the SuperNode")
     join.add_argument(
         "--poll", type=float, default=0.5, metavar="SECONDS", help="between two looks for a message (default: 0.5)"
@@ -83,9 +83,9 @@ def join_run(options: argparse.Namespace) -> int:
     from chainfed_engine.federation.flower_site import FlowerSite, JoinOptions
 
     _stop_on_termination()
-    paths = (Path(options.config), Path(options.out), Path(options.keys))
-    with FlowerSite(JoinOptions(options.name, *paths, options.server, options.port, options.poll)) as site:
-        print(f"{options.name}: joining {options.server}; end with Ctrl-C", flush=True)
+    paths, server = (Path(options.config), Path(options.out), Path(options.keys)), "{}:{}".format(*options.server)
+    with FlowerSite(JoinOptions(options.name, *paths, server, options.port, options.poll)) as site:
+        print(f"{options.name}: joining {server}; end with Ctrl-C", flush=True)
         site.run()
     return 0
 

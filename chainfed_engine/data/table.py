@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from chainfed_engine.config import joined_columns
 from chainfed_engine.data import files
 from chainfed_engine.errors import DataError
 
@@ -43,6 +44,10 @@ class Table:
         return f"{self.source}, line {self.line_numbers[row]}" if self.line_numbers else f"{self.source}, row {row}"
 
     def column(self, name: str) -> list[Any]:
+        """A column by its name; "a + b": the texts of both that are not blank, a line each, None where both are."""
+        parts = joined_columns(name)
+        if name not in self.columns and len(parts) > 1:
+            return [_joined(values) for values in zip(*map(self.column, parts), strict=True)]
         if name not in self.columns:
             raise _no_column(self.source, name, self.columns)
         return self.columns[name]
@@ -102,6 +107,13 @@ class Table:
         """A table of the given rows, in that order."""
         lines = array("q", (self.line_numbers[row] for row in rows)) if self.line_numbers else array("q")
         return Table(self.source, {name: [col[row] for row in rows] for name, col in self.columns.items()}, lines)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """The values that are not blank, as lines of one text; one that is no text is left for the caller to refuse."""
+    given = [value for value in values if not _is_blank(value)]
+    strange = next((value for value in given if not isinstance(value, str)), None)
+    return strange if strange is not None else "\n".join(given) or None
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Table:

@@ -75,7 +75,7 @@ def _serve(
         held_out = complete(config, data.read_table(config.data.eval, config.data.columns))
         evaluation = encode(config, held_out, tokenizer, labels or None)
     plan = plan_run(config, {}, evaluation)
-    chain = replace(config.chain, cache_format=plan.choices.cache_format)
+    chain = plan.recorded_in(config.chain)
     ready = _set_up(transport, sites, setup_record(config.chain, labels), meet_seconds)
     trainer = open_trainer(Path(config.store), chain, plan, config.data.task, num_labels=len(labels))
     try:

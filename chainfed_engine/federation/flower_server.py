@@ -23,7 +23,7 @@ from chainfed_engine.federation.processes import Child, flower_environment, flow
 from chainfed_engine.federation.run_directory import check_free
 
 APP = Path(__file__).parent / "flower_app"
-_START_SECONDS, _COMMAND_SECONDS, _WATCH_SECONDS = 120.0, 300.0, 0.3
+_START_SECONDS, _COMMAND_SECONDS, _WATCH_SECONDS = 400.0, 300.0, 0.3
 MAX_RESTARTS = 10  # of the run
 
 

@@ -14,11 +14,13 @@ from chainfed_engine.federation import flower_starter, flower_supernode
 from chainfed_engine.federation.files import make_folder
 from chainfed_engine.federation.flower_supernode import POLL_VARIABLE
 from chainfed_engine.federation.processes import Child, flower_environment, flower_program
+from chainfed_engine.federation.server_watch import ServerWatch
 from chainfed_engine.federation.site import Site
 from chainfed_engine.federation.site_socket import SiteSocket
 
-# A SuperNode that comes back is refused until the server has noticed that the old one is gone (about 40 seconds).
-_AGAIN_SECONDS = 5.0
+# A SuperNode that comes back is refused until the server has noticed that the old one is gone (about 40 seconds); each
+# start costs seconds of processor time, so one that is refused again and again is started less and less often.
+_AGAIN_SECONDS, _LONGEST_SECONDS = 5.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class FlowerSite:
         command += ["--node-config", f'socket="{self._socket.path}"']
         self.supernode = Child(command, environment, log)
         self._starter = Child([*python, flower_starter.__name__, str(starter)], environment, log)
+        self._name, self._log = options.name, log
+        self._watch = ServerWatch(options.name, options.server, options.keys / "ca.crt", log)
 
     def __enter__(self) -> "FlowerSite":
         return self
@@ -72,11 +76,16 @@ class FlowerSite:
         self._site.close()
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
-        """Answer messages for ever, or until `until` says so."""
+        """Answer messages for ever, or until `until` says so; what is wrong with the server goes to standard error."""
+        refused = 0  # starts since the server answered last
         while not until():
             self._starter.keep_running()
             before = self.supernode.starts
-            self.supernode.keep_running(after_seconds=_AGAIN_SECONDS)
-            if self.supernode.starts > max(before, 1):
-                print(f"chainfed: SuperNode ended, start {self.supernode.starts}", file=sys.stderr, flush=True)
+            self.supernode.keep_running(after_seconds=min(_AGAIN_SECONDS * 2 ** min(refused, 8), _LONGEST_SECONDS))
+            line = self._watch.look()
+            refused = 0 if self._watch.trouble is None else refused + self.supernode.starts - before
+            if line is None and self.supernode.starts > max(before, 1) and self._watch.trouble is None:
+                line = f"{self._name}: Flower's SuperNode ended and was started again; {self._log} says why"
+            if line is not None:
+                print(f"chainfed: {line}", file=sys.stderr, flush=True)
             self._socket.serve_once()

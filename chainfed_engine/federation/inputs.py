@@ -31,6 +31,7 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
         longest_tokens=max((len(ids) for part in parts for ids in part.input_ids), default=None),
         most_targets=max((part.most_targets for part in parts), default=None),
         largest_client_samples=max((len(part) for part in clients.values()), default=0),
+        evaluation_samples=0 if evaluation is None else len(evaluation),
         num_clients=len(clients) or None,
     )
     info = StoreInfo.read(config.store)
@@ -42,7 +43,7 @@ def complete(config: RunConfig, table: Table) -> Table:
     `missing` "error" the table as it is, for encoding names the first such row."""
     if config.data.missing == "error":
         return table
-    names = [*config.data.columns, *([config.data.client] if config.data.client in table.columns else [])]
+    names = [*config.data.needed, *([config.data.client] if config.data.client in table.columns else [])]
     kept = table.without_blanks([name for name in names if name is not None])
     if len(kept) < len(table):
         warnings.warn(

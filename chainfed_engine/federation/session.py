@@ -7,7 +7,6 @@ however many clients; a client is its encoded data and a cache folder.
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ class Session:
         self.task = first.task
         num_labels = len(first.label_names)
         self.plan = plan
-        self.config = replace(config, cache_format=plan.choices.cache_format)
+        self.config = plan.recorded_in(config)
         self.trainer = open_trainer(store, self.config, plan, self.task, num_labels=num_labels)
         self.store = self.trainer.model.store
         base = self.store.fingerprint

@@ -139,8 +139,7 @@ class Site:
             if self._encoded is None:
                 self._prepare()
             assert self._setup is not None and self._plan is not None and self._encoded is not None
-            chain = _chain(self._setup, self._config.chain)
-            chain = replace(chain, cache_format=self._plan.choices.cache_format)
+            chain = self._plan.recorded_in(_chain(self._setup, self._config.chain))
             labels = len(self._setup["labels"])
             trainer = open_trainer(
                 Path(self._config.store), chain, self._plan, self._config.data.task, num_labels=labels

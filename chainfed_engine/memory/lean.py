@@ -12,8 +12,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # heap, the holes between activations of ever other lengths grow from round to round, to three times what is in use.
 # Below it blocks stay in the heap: mapping and clearing fresh pages for every small one costs time (docs/LOG.md).
 _MMAP_THRESHOLD_BYTES = 1 << 20
-# Free memory at the top of the heap beyond this goes back at once.
-_TRIM_THRESHOLD_BYTES = 8 << 20
+# Free memory at the top of the heap beyond this goes back at once; what lies between blocks, after a step.
+KEPT_HEAP_BYTES = 8 << 20
 # Each arena keeps free blocks of its own; by default there are eight a core.
 _MAX_ARENAS = 2
 
@@ -26,6 +26,6 @@ def keep_heap_lean() -> bool:
     settings = {
         _M_ARENA_MAX: _MAX_ARENAS,
         _M_MMAP_THRESHOLD: _MMAP_THRESHOLD_BYTES,
-        _M_TRIM_THRESHOLD: _TRIM_THRESHOLD_BYTES,
+        _M_TRIM_THRESHOLD: KEPT_HEAP_BYTES,
     }
     return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])

@@ -25,6 +25,7 @@ HEAP_BYTES = 12 * MIB  # free memory at the top of the heap (8 MiB) and holes be
 HEAD_WORKSPACE_BYTES = 4 * MIB
 BATCH_TOKEN_BYTES = 24  # ids, mask and labels of a batch, int64
 MAX_CKA_TOKENS = 2048
+FEWEST_STAND_IN_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Choices:
     recompute: bool
     cache_format: Literal["int8", "bf16", "f32"]
     fill_bytes: int
+    stand_in_rows: int = 0  # that stand-ins are fitted on, of all clients together; 0: none are fitted
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class DataFacts:
     longest_tokens: int | None = None  # of a sample
     most_targets: int | None = None  # labelled tokens of a sample (causal LM)
     largest_client_samples: int | None = None
+    evaluation_samples: int | None = None
     num_clients: int | None = None
 
 
@@ -171,13 +174,16 @@ def step_bytes(request: Request, choices: Choices) -> int:
 def fill_bytes(request: Request, choices: Choices) -> int:
     """The prefix over the batches that are held at once; the evaluation's pass ends with a head besides."""
     width, tokens = request.shape.hidden_size, request.batch_tokens
-    held = max(choices.fill_bytes, F32 * tokens * width)
+    held, facts = max(choices.fill_bytes, F32 * tokens * width), request.facts
+    if facts.largest_client_samples is not None and facts.evaluation_samples is not None:
+        samples = max(facts.largest_client_samples, facts.evaluation_samples)
+        held = min(held, F32 * samples * request.tokens * width)
     layer = F32 * tokens * live_floats(request.shape)
     head = F32 * 4 * request.config.batch_size * request.targets * width + HEAD_WORKSPACE_BYTES
     return held + max(layer, head if request.task == "causal-lm" else 0)
 
 
-def profile_bytes(request: Request) -> int:
+def profile_bytes(request: Request, choices: Choices) -> int:
     """The clients' streamed pass for scores and stand-ins."""
     config, shape = request.config, request.shape
     if config.method != "chain" or not (config.stand_in or config.start_layer is None):
@@ -189,7 +195,7 @@ def profile_bytes(request: Request) -> int:
         total += 2 * F32 * rows * width
         total = max(total, F32 * tokens * width * 3 + 2 * F64 * rows * width + 3 * F64 * min(rows, width) ** 2)
     if _stand_in_depths(request):
-        rows, depths = _profile_rows(request), _depths_at_once(request)
+        rows, depths = _profile_rows(request, choices), _depths_at_once(request)
         columns = 2 * width + 1
         kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
         reducing = _reducing_bytes(rows, columns)
@@ -197,22 +203,25 @@ def profile_bytes(request: Request) -> int:
     return total
 
 
-def solve_bytes(request: Request) -> int:
+def solve_bytes(request: Request, choices: Choices) -> int:
     """The server's closed form for one depth, beside the statistics of one exchange."""
     shape = request.shape
     if not _stand_in_depths(request):
         return _classifier_fit_bytes(request)
     width = shape.hidden_size
     columns = 2 * width + 1
-    rows = min(_profile_rows(request) * _profile_clients(request), columns)
+    of_client = _profile_rows(request, choices)
+    of_all = of_client * _profile_clients(request)
+    rows = min(of_all, columns)
     rank = min(rows, width)
     # Statistics of the exchange (float32 rows, float64 once reduced), one depth's while the next reply is added.
-    one = rows * columns * (F64 if _profile_rows(request) * _profile_clients(request) > columns else F32)
-    reply = F32 * min(_profile_rows(request), columns) * columns
+    one = rows * columns * (F64 if of_all > columns else F32)
+    reply = F32 * min(of_client, columns) * columns
     result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
-    merging = _reducing_bytes(_profile_rows(request) * _profile_clients(request), columns)
-    merging += F32 * min(_profile_rows(request), columns) * columns if merging else 0
-    stand_ins = _depths_at_once(request) * one + max(one + reply, merging, result + stand_in_map_bytes(request))
+    merging = _reducing_bytes(of_all, columns)
+    merging += reply if merging else 0
+    result += stand_in_map_bytes(request, choices)
+    stand_ins = _depths_at_once(request) * one + max(one + reply, merging, result)
     return max(stand_ins, _classifier_fit_bytes(request))
 
 
@@ -240,26 +249,26 @@ def _fits_classifier(request: Request) -> bool:
     return config.method == "chain" and request.task == "classification" and wanted
 
 
-def statistics_bytes(request: Request) -> int:
+def statistics_bytes(request: Request, choices: Choices) -> int:
     """What is kept through the run: fitted maps, and the classifier's factor for the refit."""
     width = request.shape.hidden_size
     rows = min(classifier_fit.max_rows(width, 2, 1), width + 3)
     keeps_factor = _fits_classifier(request) and request.config.refit_rounds != 0
-    return _stand_in_bytes(request) + F32 * rows * (width + 3) * keeps_factor
+    return _stand_in_bytes(request, choices) + F32 * rows * (width + 3) * keeps_factor
 
 
-def _stand_in_bytes(request: Request) -> int:
+def _stand_in_bytes(request: Request, choices: Choices) -> int:
     """At every depth where a window may end below the top."""
-    one, width = stand_in_map_bytes(request), request.shape.hidden_size
+    one, width = stand_in_map_bytes(request, choices), request.shape.hidden_size
     array = one // 2 if one < F32 * width * width else one
     depths = _stand_in_depths(request)
     return min(depths, 1 if stand_in.is_large(stand_in.KEY_PREFIX, array) else depths) * one
 
 
-def stand_in_map_bytes(request: Request) -> int:
+def stand_in_map_bytes(request: Request, choices: Choices) -> int:
     """One depth's map: a square, or two thin factors where fewer rows were seen."""
     width = request.shape.hidden_size
-    rank = min(_profile_rows(request) * _profile_clients(request), width)
+    rank = min(_profile_rows(request, choices) * _profile_clients(request), width)
     return F32 * width * (2 * rank if 2 * rank < width else width)
 
 
@@ -276,11 +285,23 @@ def _profile_tokens(request: Request) -> int:
     return samples * request.tokens
 
 
-def _profile_rows(request: Request) -> int:
+def _profile_rows(request: Request, choices: Choices) -> int:
     """Of one client and depth: tokens for a causal LM, pooled samples for a classifier."""
-    limit = -(-stand_in.rows_in_all(request.shape.hidden_size) // _profile_clients(request))
+    limit = -(-choices.stand_in_rows // _profile_clients(request))
     tokens = _profile_tokens(request)
     return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
+
+
+def stand_in_row_counts(request: Request) -> tuple[int, ...]:
+    """Rows that stand-ins may be fitted on, most first: what the user fixed, else halves of what the width repays."""
+    if not _stand_in_depths(request):
+        return (0,)
+    if request.config.stand_in_rows is not None:
+        return (request.config.stand_in_rows,)
+    counts = [stand_in.rows_in_all(request.shape.hidden_size)]
+    while counts[-1] >= 2 * FEWEST_STAND_IN_ROWS:
+        counts.append(counts[-1] // 2)
+    return tuple(counts)
 
 
 def _stand_in_depths(request: Request) -> int:

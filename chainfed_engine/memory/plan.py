@@ -5,10 +5,12 @@ their seconds a step; the fastest that fits is taken and says why each choice is
 batch, sequence length) is never changed.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
 from chainfed_engine.memory.device import parts_on_device
 from chainfed_engine.memory.parts import (
@@ -26,6 +28,7 @@ from chainfed_engine.memory.parts import (
     profile_bytes,
     saved_floats,
     solve_bytes,
+    stand_in_row_counts,
     statistics_bytes,
     step_bytes,
 )
@@ -48,6 +51,7 @@ STREAMED_FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)  # read each layer once for 
 RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in the processor's caches
 # Nominal rates for ordering candidates; a run's figures differ, their order seldom does.
 _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
+_HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -66,6 +70,11 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     smallest_budget_bytes: int = 0
+
+    def recorded_in(self, config: ChainConfig) -> ChainConfig:
+        """`config` with what was "auto" as it was chosen."""
+        rows = self.choices.stand_in_rows or config.stand_in_rows
+        return replace(config, cache_format=self.choices.cache_format, stand_in_rows=rows)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -94,7 +103,7 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """The fastest choices within the budget. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
     budget = request.config.budget
-    ordered = sorted(_candidates(request), key=lambda choices: step_seconds(request, choices))
+    ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
     plans = [predict(request, choices) for choices in ordered]
     smallest = min(plans, key=lambda plan: plan.predicted_peak_bytes)
     for plan in plans:
@@ -116,12 +125,12 @@ def predict(request: Request, choices: Choices) -> Plan:
     """Predicted peak of the given choices."""
     parts = {"interpreter with torch": request.interpreter_bytes, **_weights(request, choices)}
     parts["adapters and optimizer"] = _adapter_bytes(request)
-    parts["stand-ins"] = statistics_bytes(request)
+    parts["stand-ins"] = statistics_bytes(request, choices)
     phases = {
         "window step": step_bytes(request, choices),
         "prefix fill": fill_bytes(request, choices),
-        "profile": profile_bytes(request),
-        "fitting stand-ins": solve_bytes(request),
+        "profile": profile_bytes(request, choices),
+        "fitting stand-ins": solve_bytes(request, choices),
     }
     highest = max(phases, key=lambda name: phases[name])
     parts[f"largest phase ({highest})"] = phases[highest]
@@ -133,6 +142,13 @@ def predict(request: Request, choices: Choices) -> Plan:
         parts, host_bytes = parts_on_device(request, choices, parts)
         facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
     return Plan(sum(parts.values()), parts, choices, request.config.budget, facts)
+
+
+def _cost(request: Request, choices: Choices) -> float:
+    """What candidates are ordered by: seconds a step, and what fewer rows for the stand-ins are worth."""
+    most = stand_in_row_counts(request)[0]
+    halvings = math.log2(most / choices.stand_in_rows) if choices.stand_in_rows else 0.0
+    return step_seconds(request, choices) * math.pow(_HALVED_ROWS, halvings)
 
 
 def step_seconds(request: Request, choices: Choices) -> float:
@@ -172,6 +188,8 @@ def what_would_shrink(request: Request) -> list[str]:
         "[chain] adapter_size": {"adapter_size": max(1, config.adapter_size // 2)},
         "[chain] stand_in": {"stand_in": False},
     }
+    if config.stand_in_rows is not None:
+        trials["[chain] stand_in_rows"] = {"stand_in_rows": max(16, config.stand_in_rows // 2)}
     saved: list[tuple[int, str]] = []
     for name, change in trials.items():
         less = now - smallest_plan(replace(request, config=replace(config, **change))).predicted_peak_bytes
@@ -194,7 +212,8 @@ def _candidates(request: Request) -> Iterator[Choices]:
         for recompute in (False, True) if request.window_layers > 1 else (False,):
             for micro_batch in micro_batches:
                 for held in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
-                    yield Choices(num_slots, micro_batch, recompute, cache_format, held)
+                    for rows in stand_in_row_counts(request):
+                        yield Choices(num_slots, micro_batch, recompute, cache_format, held, rows)
 
 
 def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str]:
@@ -230,6 +249,14 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
     else:
         reasons["recompute"] = "activations fit; nothing runs twice"
     reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
+    most = stand_in_row_counts(request)[0]
+    if request.config.stand_in_rows is not None and choices.stand_in_rows:
+        reasons["stand_in_rows"] = "as given in [chain] stand_in_rows"
+    elif choices.stand_in_rows < most:
+        twice = peak_with(stand_in_rows=min(most, 2 * choices.stand_in_rows))
+        reasons["stand_in_rows"] = f"of {most} that a map of this width repays; twice as many would peak at {twice}"
+    elif most:
+        reasons["stand_in_rows"] = "as many as a map of this width repays"
     return reasons
 
 

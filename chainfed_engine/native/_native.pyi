@@ -22,7 +22,9 @@ def simd_level() -> str: ...  # in force
 def set_simd_level(level: str | None) -> str: ...  # None: best allowed by CHAINFED_SIMD; UnsupportedHardware otherwise
 def num_threads() -> int: ...
 def set_num_threads(count: int) -> None: ...
-def trim_heap() -> None: ...  # give freed pages back to the OS (malloc_trim)
+
+# Gives freed pages back to the system (malloc_trim) where the heap holds more than `above_bytes` of free blocks.
+def trim_heap(above_bytes: int = 0) -> None: ...
 
 class Matrix:
     """A frozen matrix [num_rows, num_cols]; keeps its arrays or its lease alive; raises after the lease's release."""

@@ -24,6 +24,7 @@ VERSION = 3
 # What may change between a kill and the resume, because no bit of the result depends on it.
 _FREE_FIELDS = {
     "budget",
+    "stand_in_rows",
     "encrypt_cache",
     "eval_every",
     "rounds",

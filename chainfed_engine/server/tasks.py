@@ -49,7 +49,7 @@ class TaskMaker:
                 "depth_start": depths.start,
                 "depth_stop": depths.stop,
                 "with_scores": int(with_scores),
-                "max_rows": -(-stand_in.rows_in_all(self._hidden_size) // len(cohort)),
+                "max_rows": -(-(config.stand_in_rows or stand_in.rows_in_all(self._hidden_size)) // len(cohort)),
                 "seed": client_seed(config.seed, PROFILE_STREAM, attempt, name),
             }
             arrays = _lacking(holdings, name, needed, versions)

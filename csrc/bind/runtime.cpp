@@ -6,6 +6,7 @@
 #include <malloc.h>
 #endif
 
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <vector>
@@ -50,8 +51,11 @@ std::string set_level(const std::optional<std::string>& level) {
   return simd_level_name(simd_level());
 }
 
-void trim_heap() {
+void trim_heap(std::size_t above_bytes) {
 #ifdef __GLIBC__
+#if __GLIBC_PREREQ(2, 33)
+  if (above_bytes > 0 && mallinfo2().fordblks <= above_bytes) return;
+#endif
   malloc_trim(0);
 #endif
 }
@@ -65,7 +69,7 @@ void bind_runtime(py::module_& module) {
   module.def("set_simd_level", &set_level, py::arg("level").none(true));
   module.def("num_threads", &num_threads);
   module.def("set_num_threads", &set_num_threads, py::arg("count"));
-  module.def("trim_heap", &trim_heap, py::call_guard<py::gil_scoped_release>());
+  module.def("trim_heap", &trim_heap, py::arg("above_bytes") = 0, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace chainfed::bind

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from chainfed_engine.config import DataConfig
 from chainfed_engine.data import Table, as_table, read_table
 from chainfed_engine.errors import DataError
 
@@ -178,3 +179,27 @@ def test_a_file_with_another_separator_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text;label\na;b\n")
     with pytest.raises(DataError, match=r"no column 'text'; there are 'text;label'; .* as .tsv with tabs"):
         read_table(tmp_path / "a.csv", ["text", "label"])
+
+
+def test_several_columns_joined_are_one_text_of_what_is_not_blank(tmp_path: Path) -> None:
+    table = read_table(
+        write(tmp_path / "a.csv", "subject,body,queue\nHallo,Grüße,a\n,only body,b\nonly subject,  ,a\n,,b\n")
+    )
+    assert table.column("subject + body") == ["Hallo\nGrüße", "only body", "only subject", None]
+    with pytest.raises(DataError, match=r"line 5: column 'subject \+ body': expected text, got nothing; drop"):
+        table.texts("subject + body")
+    kept = table.without_blanks(["subject + body", "queue"])
+    assert kept.texts("subject + body") == ["Hallo\nGrüße", "only body", "only subject"]
+    with pytest.raises(DataError, match="no column 'bodi'; there are 'subject', 'body', 'queue'"):
+        table.column("subject + bodi")
+    numbers = as_table([{"a": "x", "b": 3}])
+    with pytest.raises(DataError, match=r"column 'a \+ b': expected text, got int"):
+        numbers.texts("a + b")
+    whole = as_table([{"a + b": "a name of its own", "a": "x", "b": "y"}])
+    assert whole.texts("a + b") == ["a name of its own"]
+
+
+def test_a_run_reads_every_column_that_it_joins() -> None:
+    config = DataConfig(train="a.csv", text="subject + body", label="queue")
+    assert config.columns == ("subject", "body", "queue") and config.needed == ("subject + body", "queue")
+    assert DataConfig(train="a.csv", label="queue").columns == ("text", "queue")

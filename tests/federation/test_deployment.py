@@ -43,11 +43,15 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _serve(
-    root: Path, out: Path, courier: DirectCourier, *, resume: bool = False, sites: Any = SITES
+    root: Path,
+    out: Path,
+    courier: DirectCourier,
+    *,
+    resume: bool = False,
+    sites: Any = SITES,
+    config: str = "serve.toml",
 ) -> dict[str, Any]:
-    serve_rounds(
-        courier, config_path=str(root / "serve.toml"), out=str(out), sites=sites, resume=resume, meet_seconds=30
-    )
+    serve_rounds(courier, config_path=str(root / config), out=str(out), sites=sites, resume=resume, meet_seconds=30)
     outcome: dict[str, Any] = json.loads((out / "outcome.json").read_text())
     return outcome
 
@@ -69,6 +73,23 @@ def test_a_deployed_run_ends_with_the_bits_of_the_run_in_process(root: Path, tmp
         assert (tmp_path / "run" / name).read_bytes() == (root / "in-process" / name).read_bytes()
     for deployed, local in zip(_rounds(tmp_path / "run"), _rounds(root / "in-process"), strict=True):
         assert all(deployed[name] == local[name] for name in ("loss", "clients", "bytes_down", "bytes_up", "window"))
+
+
+def test_a_deployed_run_with_eight_bit_updates_ends_with_the_bits_of_the_one_in_process(
+    root: Path, tmp_path: Path
+) -> None:
+    for name in ("all", "serve"):
+        text = (root / f"{name}.toml").read_text().replace("[federation]", '[federation]\nupdate_format = "int8"')
+        (root / f"{name}8.toml").write_text(text)
+    local = api.run(load_config(root / "all8.toml"), tmp_path / "in-process").directory
+    courier = DirectCourier(_sites(root, tmp_path))
+    outcome = _serve(root, tmp_path / "run", courier, config="serve8.toml")
+    assert outcome["status"] == "done", outcome
+    assert (tmp_path / "run" / "adapters.safetensors").read_bytes() == (local / "adapters.safetensors").read_bytes()
+    plain = [event["bytes_up"] for event in _rounds(root / "in-process")]
+    coded = [event["bytes_up"] for event in _rounds(tmp_path / "run")]
+    assert coded == [event["bytes_up"] for event in _rounds(local)]
+    assert any(eight < 0.5 * thirty_two for eight, thirty_two in zip(coded, plain, strict=True))
 
 
 def test_sites_that_are_restarted_between_rounds_keep_what_they_were_sent(root: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
-from chainfed_engine.memory.plan import Choices, Request, StoreSizes, make_plan, predict, saved_floats
+from chainfed_engine.memory.parts import fill_bytes
+from chainfed_engine.memory.plan import Choices, DataFacts, Request, StoreSizes, make_plan, predict, saved_floats
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.model.synth import synth
@@ -69,7 +70,7 @@ def request(budget: int | None, **options: object) -> Request:
 
 def test_without_a_budget_everything_stays_resident() -> None:
     plan = make_plan(request(None))
-    assert plan.choices == Choices(None, 4, False, "int8", 4 * MIB)
+    assert plan.choices == Choices(None, 4, False, "int8", 4 * MIB, 1024)
 
 
 def test_a_budget_below_the_model_streams_it_and_the_prediction_keeps_to_it() -> None:
@@ -104,3 +105,33 @@ def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
     choices = make_plan(request).choices
     more = predict(foreseeing, choices).predicted_peak_bytes - predict(request, choices).predicted_peak_bytes
     assert more >= 30 * 4 * 128 * 4096 * 4
+
+
+WIDE = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072)
+WIDE_SIZES = StoreSizes(16 * 36 * MIB, 8 * 36 * MIB, 260 * MIB, 36 * MIB, 16, 8)
+
+
+def wide_request(budget: int | None, **options: object) -> Request:
+    config = ChainConfig(budget=budget, batch_size=4, sequence_length=128, **options)  # type: ignore[arg-type]
+    return Request(WIDE, WIDE_SIZES, config, "causal-lm", interpreter_bytes=240 * MIB)
+
+
+def test_a_short_budget_takes_fewer_rows_for_the_stand_ins_and_says_what_twice_as_many_would_take() -> None:
+    plenty, short = make_plan(wide_request(None)), make_plan(wide_request(512 * MIB))
+    assert plenty.choices.stand_in_rows == 4095
+    assert 256 <= short.choices.stand_in_rows < 4095
+    assert short.predicted_peak_bytes <= 512 * MIB
+    assert "of 4095" in short.reasons["stand_in_rows"]
+    assert short.recorded_in(ChainConfig()).stand_in_rows == short.choices.stand_in_rows
+
+
+def test_rows_that_the_user_fixed_are_kept_and_refused_where_they_do_not_fit() -> None:
+    assert make_plan(wide_request(None, stand_in_rows=700)).choices.stand_in_rows == 700
+    with pytest.raises(MemoryBudgetExceeded, match=r"\[chain\] stand_in_rows = 2047 saves"):
+        make_plan(wide_request(512 * MIB, stand_in_rows=4095))
+
+
+def test_hidden_states_of_a_fill_are_no_more_than_the_samples_there_are() -> None:
+    few = replace(wide_request(None), facts=DataFacts(128, 127, largest_client_samples=8, evaluation_samples=4))
+    choices = Choices(2, 4, False, "int8", 64 * MIB, 1024)
+    assert fill_bytes(wide_request(None), choices) - fill_bytes(few, choices) == 64 * MIB - 8 * 128 * 2048 * 4

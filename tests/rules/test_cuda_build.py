@@ -105,10 +105,36 @@ def test_the_core_is_built_by_the_same_commands_with_and_without_cuda(tmp_path: 
         status, output = configure(build, CHAINFED_CUDA=choice, **options)  # type: ignore[arg-type]
         assert status == 0, output
     plain, more = commands(without), commands(with_cuda)
-    assert len(plain) > 50
+    assert len(plain) > 40
     assert {file: more.get(file) for file in plain} == plain
     assert all("/csrc/cuda/" in file for file in more.keys() - plain.keys())
     assert link_of(with_cuda, r"_native\.") == link_of(without, r"_native\.")
     libraries = next(line for line in link_of(with_cuda, "libchainfed_cuda") if "LINK_LIBRARIES" in line)
     assert "-lcudart_static" in libraries
     assert not re.search(r"-lcudart(\s|$)|-lcublas", libraries)  # nothing of CUDA is looked for when it is loaded
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, "0"), ("1", "1"), ("auto", "auto")])
+def test_pip_compiles_no_cuda_unless_it_is_asked_for(tmp_path: Path, asked: str | None, given: str) -> None:
+    said, programs = tmp_path / "said", tmp_path / "bin"
+    programs.mkdir()
+    (programs / "cmake").write_text(f'#!/bin/sh\necho "$@" >>{said}\n')
+    (programs / "cmake").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CHAINFED_")}
+    environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
+    if asked is not None:
+        environment["CHAINFED_CUDA"] = asked
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        tmp_path / "temp",
+        "--build-lib",
+        tmp_path,
+    ]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
+    configure_line, build_line = said.read_text().splitlines()
+    assert f"-DCHAINFED_CUDA={given} " in configure_line
+    assert "--build" in build_line

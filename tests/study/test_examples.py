@@ -10,7 +10,9 @@ from chainfed_engine.study import load_study
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("small", 4), ("core", 45), ("limited", 42), ("ablation", 42)])
+@pytest.mark.parametrize(
+    ("name", "at_most"), [("small", 4), ("core", 45), ("limited", 42), ("ablation", 42), ("updates", 4)]
+)
 def test_an_example_study_is_sound_and_as_large_as_it_says(name: str, at_most: int) -> None:
     study = load_study(STUDIES / f"{name}.toml")
     assert 1 <= len(study.runs) <= at_most
