@@ -6,6 +6,9 @@ from typing import Literal
 from chainfed_engine.exports.library_names import LibraryModel
 
 
+_WHERE = ("path or hub id of the original model", "the folder that holds the original file, and its name")
+
+
 def readme(
     model: LibraryModel,
     to: Literal["peft", "merged", "gguf"],
@@ -28,7 +31,7 @@ def readme(
         lines += [
             "from peft import PeftModel",
             "",
-            f"base = {model.auto_class}.from_pretrained({_named(base)}{options})  # the original model",
+            f"base = {model.auto_class}.from_pretrained({_named(base)}{options})  # {_WHERE[base.endswith('.gguf')]}",
             'model = PeftModel.from_pretrained(base, ".").eval()  # the path of this folder',
             f"tokenizer = AutoTokenizer.from_pretrained({_named(tokenizer)})",
         ]
