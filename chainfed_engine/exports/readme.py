@@ -5,7 +5,6 @@ from typing import Literal
 
 from chainfed_engine.exports.library_names import LibraryModel
 
-
 _WHERE = ("path or hub id of the original model", "the folder that holds the original file, and its name")
 
 
