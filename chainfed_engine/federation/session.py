@@ -92,8 +92,8 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     if config.method in END_TO_END:
         expect_deep_graphs()
     native.set_num_threads(torch.get_num_threads())
-    if place.index is not None and not place.is_unified and config.budget is not None:
-        hold_to_budget(place.index, config.budget)
+    if place.index is not None and not place.is_unified and config.budget_bytes is not None:
+        hold_to_budget(place.index, config.budget_bytes)
     with running_out(config, plan):
         return trainer_class(config.method)(
             FrozenModel(LayerStore.open(store, num_slots=choices.num_slots, verify=True, place=place)),

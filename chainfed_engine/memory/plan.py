@@ -103,7 +103,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """The fastest choices within the budget. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
-    budget = request.config.budget
+    budget = request.config.budget_bytes
     ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
     plans = [predict(request, choices) for choices in ordered]
     smallest = min(plans, key=lambda plan: plan.predicted_peak_bytes)
@@ -142,7 +142,7 @@ def predict(request: Request, choices: Choices) -> Plan:
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
         facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
-    return Plan(sum(parts.values()), parts, choices, request.config.budget, facts)
+    return Plan(sum(parts.values()), parts, choices, request.config.budget_bytes, facts)
 
 
 def _cost(request: Request, choices: Choices) -> float:
