@@ -90,7 +90,7 @@ class ChainConfig:
     seed: int = _in("train", 0, high=2**63 - 1)
 
     # bytes; None: no limit
-    budget: int | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
+    budget: int | str | None = _in("memory", None, low=2**20, high=2**50, none="none", size=True)
     cache_format: Literal["auto", "int8", "bf16", "f32"] = _in("memory", "auto")
     encrypt_cache: bool = _in("memory", False)  # under a key that this process alone has; gone with it
 
@@ -144,6 +144,12 @@ class ChainConfig:
             if chosen is not None and chosen > self.rounds - others:
                 most = f"[chain] rounds ({self.rounds}){' - probe_rounds' if others else ''}"
                 raise ConfigError(f"[chain] {name}: expected at most {most}, got {chosen}")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`budget`, which may be given as "1GiB", as the number of bytes that it is kept as."""
+        assert not isinstance(self.budget, str)
+        return self.budget
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     device = [] if options.device is None else [f"train.device={options.device}"]
     config = load_config(options.config, [*options.overrides, *device])
     out = Path(options.out)
-    with Progress(budget_bytes=config.chain.budget) as progress:
+    with Progress(budget_bytes=config.chain.budget_bytes) as progress:
         progress({"event": "phase", "name": "reading model and data"})
         from chainfed_engine import api  # seconds of imports, under the bar
 

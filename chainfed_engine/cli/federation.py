@@ -70,7 +70,7 @@ def serve_run(options: argparse.Namespace) -> int:
         meet_seconds=options.meet_seconds,
     )
     config = load_config(options.config).chain
-    with Progress(budget_bytes=config.budget) as progress, FlowerServer(given) as server:
+    with Progress(budget_bytes=config.budget_bytes) as progress, FlowerServer(given) as server:
         progress({"event": "phase", "name": "starting Flower"})
         server.start()
         progress({"event": "phase", "name": f"waiting for {', '.join(options.sites)}"})

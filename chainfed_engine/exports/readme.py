@@ -1,8 +1,11 @@
 """README.md of an exported folder: what it is, and lines of Python that load it. Text only."""
 
+from pathlib import Path
 from typing import Literal
 
 from chainfed_engine.exports.library_names import LibraryModel
+
+_WHERE = ("path or hub id of the original model", "the folder that holds the original file, and its name")
 
 
 def readme(
@@ -12,8 +15,10 @@ def readme(
     labels: tuple[str, ...],
     pooling: str | None,
     notes: tuple[str, ...],
+    tokenizer: str,
 ) -> str:
-    """Markdown for an export of kind `to`; `pooling`: what the classifier reads, None for a causal LM."""
+    """Markdown for an export of kind `to`; `pooling`: what the classifier reads, None for a causal LM; `tokenizer`:
+    where it is, "." for the folder itself."""
     what = "A LoRA adapter for PEFT" if to == "peft" else "A merged checkpoint for transformers"
     lines = [f"# {what}", "", f"Fine-tuned with chainfed-engine from `{base}` ({model.class_name}).", ""]
     if labels:
@@ -25,15 +30,15 @@ def readme(
         lines += [
             "from peft import PeftModel",
             "",
-            f"base = {model.auto_class}.from_pretrained({base!r}{options})  # path or hub id of the original model",
+            f"base = {model.auto_class}.from_pretrained({_named(base)}{options})  # {_WHERE[base.endswith('.gguf')]}",
             'model = PeftModel.from_pretrained(base, ".").eval()  # the path of this folder',
-            f"tokenizer = AutoTokenizer.from_pretrained({base!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({_named(tokenizer)})",
         ]
     else:
         lines += [
             "",
             f'model = {model.auto_class}.from_pretrained(".")  # the path of this folder',
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            f"tokenizer = AutoTokenizer.from_pretrained({_named(tokenizer)})",
         ]
     if model.head == "sequence-classifier" and pooling == "last":
         lines += [
@@ -45,6 +50,13 @@ def readme(
         lines += ["logits = model(**inputs).logits"] if model.head != "none" else _classifier_lines(str(pooling))
     lines += ["```", ""]
     return "\n".join(lines)
+
+
+def _named(base: str) -> str:
+    """A path or hub id as `from_pretrained` takes it; a GGUF file is named beside its folder."""
+    if not base.endswith(".gguf"):
+        return repr(base)
+    return f"{str(Path(base).parent)!r}, gguf_file={Path(base).name!r}"
 
 
 def _classifier_lines(pooling: str) -> list[str]:

@@ -93,13 +93,17 @@ def export(
                 _check_space(folder, tensors, chosen)
                 merged.write_checkpoint(folder, tensors, chosen, max_shard_bytes, progress)
                 _write_config(folder, run, model, source, chosen)
+            without = source.write_tokenizer(folder)
+            if without is not None:
+                notes += (f"tokenizer: not written, {without}; take that of {name}",)
             if run.task == "classification" and head is None:
                 classifier = {
                     key.removeprefix("classifier."): run.arrays[key] for key in run.arrays if "classifier." in key
                 }
                 save_file(classifier, folder / CLASSIFIER_FILE, {"labels": json.dumps(run.labels)})
             pooling = run.pooling(info.architecture) if run.labels else None
-            (folder / "README.md").write_text(readme(model, to, name, run.labels, pooling, notes), encoding="utf-8")
+            text = readme(model, to, name, run.labels, pooling, notes, "." if without is None else name)
+            (folder / "README.md").write_text(text, encoding="utf-8")
     return Exported(Path(out), notes)
 
 
@@ -211,7 +215,7 @@ def _check_space(folder: Path, tensors: list[merged.OutTensor], dtype: Dtype) ->
 
 
 def _write_config(folder: Path, run: TrainedRun, model: LibraryModel, source: Source, dtype: Dtype) -> None:
-    """config.json of the merged model, and the tokenizer."""
+    """config.json of the merged model."""
     dropped = ("torch_dtype", "_name_or_path", "quantization_config", "id2label", "label2id", "num_labels")
     config = {key: value for key, value in source.config.items() if key not in dropped}
     config |= {"architectures": [model.class_name], "dtype": LIBRARY_DTYPES[dtype]}
@@ -223,7 +227,6 @@ def _write_config(folder: Path, run: TrainedRun, model: LibraryModel, source: So
         if config.get("pad_token_id") is None:  # by which decoders' classes find the last token
             config["pad_token_id"] = _pad_id(run)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    source.write_tokenizer(folder)
 
 
 def _pad_id(run: TrainedRun) -> int:

@@ -23,6 +23,7 @@ from chainfed_engine.memory.parts import (
     DataFacts,
     Request,
     StoreSizes,
+    adapter_floats,
     branches,
     fill_bytes,
     profile_bytes,
@@ -102,7 +103,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """The fastest choices within the budget. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
-    budget = request.config.budget
+    budget = request.config.budget_bytes
     ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
     plans = [predict(request, choices) for choices in ordered]
     smallest = min(plans, key=lambda plan: plan.predicted_peak_bytes)
@@ -141,7 +142,7 @@ def predict(request: Request, choices: Choices) -> Plan:
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
         facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
-    return Plan(sum(parts.values()), parts, choices, request.config.budget, facts)
+    return Plan(sum(parts.values()), parts, choices, request.config.budget_bytes, facts)
 
 
 def _cost(request: Request, choices: Choices) -> float:
@@ -273,7 +274,7 @@ def _weights(request: Request, choices: Choices) -> dict[str, int]:
 
 def _adapter_bytes(request: Request) -> int:
     shape, config = request.shape, request.config
-    one = 2 * config.adapter_size * shape.hidden_size + shape.hidden_size + config.adapter_size
+    one = adapter_floats(request)
     trained = request.window_layers * one
     held = shape.num_layers * one * 2  # the modules', and the federation's arrays
     if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new

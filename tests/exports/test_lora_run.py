@@ -80,6 +80,9 @@ def test_the_exports_score_what_the_engine_scores(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     tokens = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=24, return_tensors="pt")
+    beside = transformers.AutoTokenizer.from_pretrained(tmp_path / "peft")
+    assert beside([row["text"] for row in rows]).input_ids == tokenizer([row["text"] for row in rows]).input_ids
+    assert "AutoTokenizer.from_pretrained('.')" in (tmp_path / "peft" / "README.md").read_text()
     labels = torch.tensor([merged.config.label2id[row["label"]] for row in rows])
     for model in (merged, adapted, cfe.load_adapted(run, kind.from_pretrained(base))):
         with torch.no_grad():

@@ -27,7 +27,8 @@ def test_a_causal_lm_with_the_adapter_has_the_engines_logits(
 ) -> None:
     made = checkpoint(name, "ForCausalLM")
     run = make_run(made)
-    cfe.export(run, tmp_path / "out", "peft")
+    notes = cfe.export(run, tmp_path / "out", "peft").notes
+    assert any(note.startswith("tokenizer: not written, ") for note in notes), "the checkpoint has none"
     base = transformers.AutoModelForCausalLM.from_pretrained(original(made))
     with torch.no_grad():
         plain = base(**inputs(padded_batch)).logits[padded_batch.attention_mask.bool()]
