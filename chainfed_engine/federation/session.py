@@ -14,7 +14,7 @@ import torch
 
 from chainfed_engine import native
 from chainfed_engine.client import Client
-from chainfed_engine.config import ChainConfig
+from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.federation.events import plan_event
@@ -23,6 +23,7 @@ from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
 from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, hold_to_budget, peak_device_bytes
+from chainfed_engine.memory.lean import expect_deep_graphs
 from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
 from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
@@ -88,6 +89,8 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says. A device with
     memory of its own is held to the budget from here on."""
     choices, place = plan.choices, find_place(config.device)
+    if config.method in END_TO_END:
+        expect_deep_graphs()
     native.set_num_threads(torch.get_num_threads())
     if place.index is not None and not place.is_unified and config.budget_bytes is not None:
         hold_to_budget(place.index, config.budget_bytes)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 F32, F64 = 4, 8
 MIB = 1 << 20
 # Beyond what `settle.py` has run before the count: code that only a run reads, thread stacks, its objects. Measured.
-WORKING_BYTES = 40 * MIB
+WORKING_BYTES = 32 * MIB
 HEAP_BYTES = 12 * MIB  # free memory at the top of the heap (8 MiB) and holes between blocks below 1 MiB
 HEAD_WORKSPACE_BYTES = 4 * MIB
 BATCH_TOKEN_BYTES = 24  # ids, mask and labels of a batch, int64
@@ -125,6 +125,23 @@ def saved_floats(shape: ModelShape) -> int:
     return 2 * shape.hidden_size + 2 * attention + 2 * keys + 3 * shape.intermediate_size + normed
 
 
+def _first_saved_floats(shape: ModelShape) -> int:
+    """The same for the first layer with LoRA inside: its input needs no gradient, so a decoder's first norm keeps
+    nothing, nor does the norm of the keys (Qwen3). (With bottlenecks nothing in that layer needs a gradient.)"""
+    if not is_decoder(shape):
+        return saved_floats(shape)
+    keys = shape.num_kv_heads * shape.head_dim if shape.architecture == "qwen3" else 0
+    return saved_floats(shape) - shape.hidden_size - keys
+
+
+def adapter_floats(request: Request) -> int:
+    """Parameters of one layer's adapter: down and up with their biases, or LoRA's four factors of query and value."""
+    shape, rank = request.shape, request.config.adapter_size
+    if request.config.adapter == "lora":
+        return rank * (2 * shape.hidden_size + shape.num_heads * shape.head_dim + shape.num_kv_heads * shape.head_dim)
+    return 2 * rank * shape.hidden_size + shape.hidden_size + rank
+
+
 def live_floats(shape: ModelShape) -> int:
     """Floats a token that one layer holds at once without a graph, its input and output included."""
     attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -158,8 +175,8 @@ def step_bytes(request: Request, choices: Choices) -> int:
         kept = (layers + 1) * width
         backward = again
     else:
-        # The boundary needs no gradient, so the window's first layer keeps nothing.
-        kept = 2 * width + (layers - 1) * saved_floats(shape) + layers * adapter
+        kept = (layers - 1) * saved_floats(shape) + layers * adapter
+        kept += _first_saved_floats(shape) if config.adapter == "lora" else 2 * width
         backward = _expanded(shape) + width
     if config.method == "chain" and config.foresight_every and layers < shape.num_layers:
         # The inputs of the layers above the lowest window, each of which is run again in its turn.

@@ -23,6 +23,7 @@ from chainfed_engine.memory.parts import (
     DataFacts,
     Request,
     StoreSizes,
+    adapter_floats,
     branches,
     fill_bytes,
     profile_bytes,
@@ -273,7 +274,7 @@ def _weights(request: Request, choices: Choices) -> dict[str, int]:
 
 def _adapter_bytes(request: Request) -> int:
     shape, config = request.shape, request.config
-    one = 2 * config.adapter_size * shape.hidden_size + shape.hidden_size + config.adapter_size
+    one = adapter_floats(request)
     trained = request.window_layers * one
     held = shape.num_layers * one * 2  # the modules', and the federation's arrays
     if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new

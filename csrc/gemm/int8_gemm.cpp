@@ -40,7 +40,8 @@ void multiply_group(const Chunk& chunk, const WeightBlock& weights, int64_t pane
                     int64_t num_tiles, const float* start, float* sums) {
   const int64_t group_tokens = chunk.level.group_tokens, panel_rows = chunk.level.panel_rows;
   const int64_t token = group * group_tokens, tokens = std::min(group_tokens, chunk.num_tokens - token);
-  const uint8_t* activations = chunk.groups + (group * chunk.num_tiles + first_tile) * group_tile_bytes(group_tokens);
+  const int64_t tile_bytes = group_tile_bytes(group_tokens, chunk.kernels.code_bytes);
+  const uint8_t* activations = chunk.groups + (group * chunk.num_tiles + first_tile) * tile_bytes;
   const float* from = first_tile == 0 ? start : sums;
   const int64_t from_stride = first_tile == 0 ? 0 : panel_rows;
   const auto multiply = [&](float* to, int64_t to_stride) {
@@ -97,12 +98,13 @@ void multiply_chunk(const Chunk& chunk) {
 
 void int8_pack(const MatrixView& w, const float* x, int64_t num_tokens, void* workspace) {
   const Int8Level& level = *select(kTable);
+  const Int8Kernels& kernels = level.kernels[static_cast<int>(w.format)];
   const int64_t num_tiles = tiles_per_row(w), group_tokens = level.group_tokens;
   auto* groups = static_cast<uint8_t*>(workspace);
   parallel_for(divide_up(num_tokens, group_tokens), [&](int64_t g) {
     const int64_t first = g * group_tokens;
-    level.pack(x + first * w.num_cols, std::min(group_tokens, num_tokens - first), w.num_cols, num_tiles,
-               groups + g * num_tiles * group_tile_bytes(group_tokens));
+    kernels.pack(x + first * w.num_cols, std::min(group_tokens, num_tokens - first), w.num_cols, num_tiles,
+                 groups + g * num_tiles * group_tile_bytes(group_tokens, kernels.code_bytes));
   });
 }
 
@@ -123,10 +125,11 @@ void int8_forward(const MatrixView& w, const float* x, int64_t num_tokens, const
 }
 
 int64_t int8_workspace_bytes(BlockFormat format, int64_t num_tokens, int64_t num_cols) {
-  // The last group is filled up; group sizes differ between SIMD levels, and this bound holds for all.
+  // The last group is filled up; sizes of groups and codes differ between SIMD levels, and this bound holds for all.
   const int64_t tokens = std::min(num_tokens, kInt8ChunkTokens) + kMaxGroupTokens - 1;
+  const int64_t code_bytes = format == BlockFormat::int8 ? 2 : 1;
   Workspace measured(nullptr);
-  measured.take<uint8_t>(padded_cols(format, num_cols) / kTileCols * group_tile_bytes(tokens));
+  measured.take<uint8_t>(padded_cols(format, num_cols) / kTileCols * group_tile_bytes(tokens, code_bytes));
   return measured.used_bytes();
 }
 

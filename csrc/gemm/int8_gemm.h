@@ -29,6 +29,17 @@ struct WeightTile {
   uint8_t codes[2 * 8 * kInt8PanelRows * 4];
   float scale[kInt8PanelRows], offset[kInt8PanelRows];
 };
+// All tile columns of a block with one scale a row, for levels whose last step from int16 to int32 is a multiplication:
+//   weight = scale * factor * code + offset, the tile's factor an integer that stands twice in 32 bits.
+struct FactorTile {
+  uint8_t codes[8 * kInt8PanelRows * 4];
+  int32_t factor[kInt8PanelRows];
+  float offset[kInt8PanelRows];
+};
+struct FactorBlock {
+  FactorTile tiles[kInt8BlockTiles];
+  float scale[kInt8PanelRows];
+};
 // All tile columns of a block brought to one scale a row: weight = scale * (code - 128); codes [tile][j][row][i].
 struct WideBlock {
   uint8_t codes[kInt8BlockTiles][8 * kWidePanelRows * 4];
@@ -36,13 +47,19 @@ struct WideBlock {
 };
 union WeightBlock {
   WeightTile tiles[kInt8BlockTiles];
+  FactorBlock factors;
   WideBlock wide;
 };
-// One tile column of a group of G tokens: int8 codes [G][32], then f32 sx [G], then f32 s [G]; for a WideBlock, in
-// place of s, int32 -128 * (sum of qx).
-constexpr int64_t group_tile_bytes(int64_t group_tokens) { return group_tokens * (kTileCols + 8); }
+// One tile column of a group of G tokens: codes [G][32] of one byte or two, then f32 sx [G], then f32 s [G]; for a
+// WideBlock, in place of s, int32 -128 * (sum of qx).
+constexpr int64_t group_tile_bytes(int64_t group_tokens, int64_t code_bytes = 1) {
+  return group_tokens * (kTileCols * code_bytes + 8);
+}
 
 struct Int8Kernels {
+  int64_t code_bytes;  // of an activation; 2 at most, and for int8 weights alone
+  // One group: num_tokens rows of x (the rest of the group is zero), num_tiles tile columns, zero beyond num_cols.
+  void (*pack)(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group);
   // Rows panel * panel_rows .. + panel_rows - 1 (zero where the matrix has no such row tiles).
   void (*unpack)(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightBlock* weights);
   // to[t * to_stride + n] = from[t * from_stride + n] + the sum over num_tiles. num_tokens <= G; from may be to.
@@ -53,8 +70,6 @@ struct Int8Kernels {
 struct Int8Level {
   int64_t group_tokens;  // G
   int64_t panel_rows;
-  // One group: num_tokens rows of x (the rest of the group is zero), num_tiles tile columns, zero beyond num_cols.
-  void (*pack)(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group);
   Int8Kernels kernels[3];  // by BlockFormat: int4, nf4, int8
 };
 extern const Int8Level kInt8Scalar, kInt8Avx2, kInt8Avx512Vnni, kInt8Neon, kInt8Dotprod, kInt8I8mm;

@@ -72,10 +72,10 @@ void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tile
 
 }  // namespace
 
-const Int8Level kInt8Avx512Vnni = {
-    kGroup,
-    kWidePanelRows,
-    &pack<kGroup, MinusZeroPoint>,
-    {{&unpack_wide<WideInt4>, &multiply}, {&unpack_wide<WideNf4>, &multiply}, {&unpack_wide<WideInt8>, &multiply}}};
+const Int8Level kInt8Avx512Vnni = {kGroup,
+                                   kWidePanelRows,
+                                   {{1, &pack<kGroup, MinusZeroPoint>, &unpack_wide<WideInt4>, &multiply},
+                                    {1, &pack<kGroup, MinusZeroPoint>, &unpack_wide<WideNf4>, &multiply},
+                                    {1, &pack<kGroup, MinusZeroPoint>, &unpack_wide<WideInt8>, &multiply}}};
 
 }  // namespace chainfed

@@ -60,9 +60,8 @@ void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tile
 
 const Int8Level kInt8Dotprod = {kGroup,
                                 kInt8PanelRows,
-                                &pack<Quads>,
-                                {{&unpack<UnpackInt4, Quads>, &multiply},
-                                 {&unpack<UnpackNf4, Quads>, &multiply},
-                                 {&unpack<UnpackInt8, Quads>, &multiply}}};
+                                {{1, &pack<Quads>, &unpack<UnpackInt4, Quads>, &multiply},
+                                 {1, &pack<Quads>, &unpack<UnpackNf4, Quads>, &multiply},
+                                 {1, &pack<Quads>, &unpack<UnpackInt8, Quads>, &multiply}}};
 
 }  // namespace chainfed

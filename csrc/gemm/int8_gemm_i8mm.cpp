@@ -56,9 +56,8 @@ void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tile
 
 const Int8Level kInt8I8mm = {kGroup,
                              kInt8PanelRows,
-                             &pack<Octets>,
-                             {{&unpack<UnpackInt4, Octets>, &multiply},
-                              {&unpack<UnpackNf4, Octets>, &multiply},
-                              {&unpack<UnpackInt8, Octets>, &multiply}}};
+                             {{1, &pack<Octets>, &unpack<UnpackInt4, Octets>, &multiply},
+                              {1, &pack<Octets>, &unpack<UnpackNf4, Octets>, &multiply},
+                              {1, &pack<Octets>, &unpack<UnpackInt8, Octets>, &multiply}}};
 
 }  // namespace chainfed

@@ -71,9 +71,8 @@ void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tile
 
 const Int8Level kInt8Neon = {kGroup,
                              kInt8PanelRows,
-                             &pack<Quads>,
-                             {{&unpack<UnpackInt4, Quads>, &multiply<DotNarrow>},
-                              {&unpack<UnpackNf4, Quads>, &multiply<DotWide>},
-                              {&unpack<UnpackInt8, Quads>, &multiply<DotWide>}}};
+                             {{1, &pack<Quads>, &unpack<UnpackInt4, Quads>, &multiply<DotNarrow>},
+                              {1, &pack<Quads>, &unpack<UnpackNf4, Quads>, &multiply<DotWide>},
+                              {1, &pack<Quads>, &unpack<UnpackInt8, Quads>, &multiply<DotWide>}}};
 
 }  // namespace chainfed

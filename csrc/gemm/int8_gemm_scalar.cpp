@@ -114,9 +114,8 @@ void multiply(const WeightBlock& weights, const uint8_t* group, int64_t num_tile
 
 const Int8Level kInt8Scalar = {kGroup,
                                kInt8PanelRows,
-                               &pack,
-                               {{&unpack<BlockFormat::int4>, &multiply<uint8_t>},
-                                {&unpack<BlockFormat::nf4>, &multiply<uint8_t>},
-                                {&unpack<BlockFormat::int8>, &multiply<int8_t>}}};
+                               {{1, &pack, &unpack<BlockFormat::int4>, &multiply<uint8_t>},
+                                {1, &pack, &unpack<BlockFormat::nf4>, &multiply<uint8_t>},
+                                {1, &pack, &unpack<BlockFormat::int8>, &multiply<int8_t>}}};
 
 }  // namespace chainfed

@@ -12,7 +12,7 @@
 #include <cstdint>
 
 #include "gemm/int8_gemm.h"
-#include "gemm/int8_unpack-inl.h"
+#include "gemm/int8_pack-inl.h"
 #include "gemm/nf4_codebook.h"
 #include "quant/tile.h"
 

@@ -119,6 +119,21 @@ void weigh_block(const Chunk& chunk, int64_t block, int64_t first_row, int64_t n
   if (chunk.grad != nullptr) fill_cells(chunk, block, num_rows, e, least);
 }
 
+// The cells of one column of cells lie far apart, and so do their rows of the gradient: both are on their way while the
+// block before is multiplied.
+template <typename AnyCell>
+void prefetch_block(const Chunk& chunk, const AnyCell* cells, int64_t cell_index, int64_t block, int64_t first_col) {
+  if (block >= chunk.num_blocks()) return;
+  const auto* cell = reinterpret_cast<const char*>(&cells[block * kTileCells + cell_index]);
+  for (size_t i = 0; i < sizeof(AnyCell); i += 64) __builtin_prefetch(cell + i);
+  const int64_t first_token = block * kBlockTokens;
+  for (int64_t t = first_token; t < std::min(first_token + kBlockTokens, chunk.num_tokens); ++t) {
+    const float* row = chunk.grad + t * chunk.hidden_size + first_col;
+    __builtin_prefetch(row, 1);
+    __builtin_prefetch(row + 16, 1);
+  }
+}
+
 // accumulate(block, rows) adds one cell's product to 32 columns of 4 gradient rows; the edges go through a copy.
 template <typename Accumulate>
 void accumulate_blocks(const Chunk& chunk, int64_t first_col, int64_t num_cols, Accumulate accumulate) {
@@ -145,6 +160,7 @@ void accumulate_panel(const Chunk& chunk, int64_t cell_index, const float* panel
   if (!chunk.integer) {
     const AccumulateCell accumulate_cell = select(kAccumulateCell);
     accumulate_blocks(chunk, first_col, num_cols, [&](int64_t block, float* const* rows) {
+      prefetch_block(chunk, chunk.cells, cell_index, block + 1, first_col);
       accumulate_cell(chunk.cells[block * kTileCells + cell_index], panel, rows);
     });
     return;
@@ -153,6 +169,7 @@ void accumulate_panel(const Chunk& chunk, int64_t cell_index, const float* panel
   select(kQuantizePanel)(panel, num_rows, &integer_panel);
   const AccumulateInt16 accumulate_int16 = select(kAccumulateInt16);
   accumulate_blocks(chunk, first_col, num_cols, [&](int64_t block, float* const* rows) {
+    prefetch_block(chunk, chunk.integer_cells, cell_index, block + 1, first_col);
     accumulate_int16(chunk.integer_cells[block * kTileCells + cell_index], integer_panel, rows);
   });
 }

@@ -17,12 +17,15 @@ constexpr float kLargestInt16 = 32767.0f;
 // Scales below this count as 0, lest their inverse overflow; weights are relative to a maximum of 1.
 constexpr float kLeastScale = 1e-30f;
 
-// The listed rows two by two; an odd list is filled up with a weight of 0.
+// The listed rows two by two; an odd list is filled up with a weight of 0. A list of all rows of the cell needs no
+// list: its pairs are those of Int16Panel::pair.
 struct alignas(64) Int16Cell {
   int16_t weight[kMaxPairs][kBlockTokens][2];
   uint8_t row[kMaxPairs][2];
   float scale[kBlockTokens];  // weight = scale * integer
   int32_t num_pairs;
+
+  bool lists_all_rows() const { return num_pairs >= kCellRows / 2 && row[kCellRows / 2 - 1][1] == kCellRows - 1; }
 };
 
 // 32 columns of a cell's rows and their mean. Lane order within a row: 0-3, 16-19, 4-7, 20-23, 8-11, 24-27, 12-15,
@@ -30,6 +33,8 @@ struct alignas(64) Int16Cell {
 struct alignas(64) Int16Panel {
   int16_t value[kCellRows + 1][kPanelCols];
   float scale[kPanelCols];
+  // x86 alone: rows 2i and 2i + 1 (for the mean: 0) interleaved, columns in order.
+  int16_t pair[kMaxPairs][kPanelCols][2];
 };
 
 using QuantizeCell = void (*)(const Cell& cell, Int16Cell* out);

@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include <cstring>
+#include "base/step_avx2-inl.h"
 
 namespace chainfed {
 namespace {
@@ -27,10 +27,64 @@ void quantize_row(const float* row, const __m256 factor[4], int16_t* out) {
   }
 }
 
-int32_t pair_of_weights(const Int16Cell& cell, int32_t pair, int64_t t) {
-  int32_t both;
-  std::memcpy(&both, cell.weight[pair][t], sizeof both);
-  return both;
+alignas(32) constexpr int16_t kNoRow[kPanelCols] = {};
+
+void interleave(const int16_t* first, const int16_t* second, int16_t (*pair)[2]) {
+  for (int64_t half = 0; half < 2; ++half) {
+    const __m256i a = load_aligned(first + 16 * half), b = load_aligned(second + 16 * half);
+    auto* target = reinterpret_cast<__m256i*>(pair + 8 * half);
+    _mm256_store_si256(target, _mm256_unpacklo_epi16(a, b));
+    _mm256_store_si256(target + 2, _mm256_unpackhi_epi16(a, b));
+  }
+}
+
+const uint8_t* pair_of_weights(const Int16Cell& cell, int32_t pair) {
+  return reinterpret_cast<const uint8_t*>(cell.weight[pair]);
+}
+
+// grad[t][c], grad[t][c + distance] += the sums of 8 columns each. Inlined, or the sums would have an address and be
+// stored once a step, lest the assembly reads them.
+__attribute__((always_inline)) inline void add_sums(const Int16Cell& cell, const Int16Panel& panel,
+                                                    const __m256i (&sum)[kStepTokens][2], int64_t column,
+                                                    int64_t distance, float* const* grad) {
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < 2; ++i) {
+    const __m256 panel_scale = _mm256_load_ps(panel.scale + column + i * distance);
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < kBlockTokens; ++t) {
+      float* target = grad[t] + column + i * distance;
+      const __m256 scale = _mm256_mul_ps(_mm256_broadcast_ss(cell.scale + t), panel_scale);
+      _mm256_storeu_ps(target, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][i]), scale, _mm256_loadu_ps(target)));
+    }
+  }
+}
+
+// Sixteen columns from `column` on, of a cell that lists all rows.
+void accumulate_all_rows(const Int16Cell& cell, const Int16Panel& panel, int64_t column, float* const* grad) {
+  __m256i sum[kStepTokens][2];
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < kBlockTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+  const int32_t num_pairs = cell.num_pairs;
+  for (int32_t pair = 0; pair < num_pairs; ++pair) {
+    const auto* w = panel.pair[pair][column];
+    step_pairs(sum, load_aligned(w), load_aligned(w + 16), pair_of_weights(cell, pair), 4);
+  }
+  add_sums(cell, panel, sum, column, 8, grad);
+}
+
+// Lanes 16 * Half .. + 15 of the listed rows: columns 8 * Half .. + 7 and 16 more.
+template <int64_t Half>
+void accumulate_listed_rows(const Int16Cell& cell, const Int16Panel& panel, float* const* grad) {
+  __m256i sum[kStepTokens][2];
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < kBlockTokens; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+  const int32_t num_pairs = cell.num_pairs;
+  for (int32_t pair = 0; pair < num_pairs; ++pair) {
+    const __m256i a = load_aligned(panel.value[cell.row[pair][0]] + 16 * Half);
+    const __m256i b = load_aligned(panel.value[cell.row[pair][1]] + 16 * Half);
+    step_pairs(sum, _mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b), pair_of_weights(cell, pair), 4);
+  }
+  add_sums(cell, panel, sum, 8 * Half, 16, grad);
 }
 
 }  // namespace
@@ -78,35 +132,19 @@ void quantize_panel_avx2(const float* panel, int64_t num_rows, Int16Panel* out) 
   }
   for (int64_t r = 0; r < num_rows; ++r) quantize_row(panel + r * kPanelCols, factor, out->value[r]);
   quantize_row(panel + kMeanRow * kPanelCols, factor, out->value[kMeanRow]);
+  for (int64_t r = 0; r < num_rows; r += 2) {
+    interleave(out->value[r], r + 1 < num_rows ? out->value[r + 1] : kNoRow, out->pair[r / 2]);
+  }
+  interleave(out->value[kMeanRow], kNoRow, out->pair[kMeanRow / 2]);
 }
 
 void accumulate_int16_avx2(const Int16Cell& cell, const Int16Panel& panel, float* const* grad) {
-  for (int half = 0; half < 2; ++half) {  // lanes 16 * half .. + 15: columns 8 * half .. + 7 and 16 more
-    __m256i left[kBlockTokens], right[kBlockTokens];
-    for (int64_t t = 0; t < kBlockTokens; ++t) left[t] = right[t] = _mm256_setzero_si256();
-    for (int32_t pair = 0; pair < cell.num_pairs; ++pair) {
-      const auto* first = reinterpret_cast<const __m256i*>(panel.value[cell.row[pair][0]] + 16 * half);
-      const auto* second = reinterpret_cast<const __m256i*>(panel.value[cell.row[pair][1]] + 16 * half);
-      const __m256i a = _mm256_load_si256(first), b = _mm256_load_si256(second);
-      const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-      for (int64_t t = 0; t < kBlockTokens; ++t) {
-        const __m256i weight = _mm256_set1_epi32(pair_of_weights(cell, pair, t));
-        left[t] = _mm256_add_epi32(left[t], _mm256_madd_epi16(weight, low));
-        right[t] = _mm256_add_epi32(right[t], _mm256_madd_epi16(weight, high));
-        // Token after token: scheduled together, the four weights push a sum out of the registers.
-        __asm__ volatile("" : "+x"(left[t]), "+x"(right[t]));
-      }
-    }
-    const __m256 scale_left = _mm256_load_ps(panel.scale + 8 * half);
-    const __m256 scale_right = _mm256_load_ps(panel.scale + 16 + 8 * half);
-    for (int64_t t = 0; t < kBlockTokens; ++t) {
-      const __m256 scale = _mm256_set1_ps(cell.scale[t]);
-      float *g = grad[t] + 8 * half, *h = grad[t] + 16 + 8 * half;
-      _mm256_storeu_ps(
-          g, _mm256_fmadd_ps(_mm256_cvtepi32_ps(left[t]), _mm256_mul_ps(scale, scale_left), _mm256_loadu_ps(g)));
-      _mm256_storeu_ps(
-          h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(right[t]), _mm256_mul_ps(scale, scale_right), _mm256_loadu_ps(h)));
-    }
+  if (cell.lists_all_rows()) {
+    accumulate_all_rows(cell, panel, 0, grad);
+    accumulate_all_rows(cell, panel, 16, grad);
+  } else {
+    accumulate_listed_rows<0>(cell, panel, grad);
+    accumulate_listed_rows<1>(cell, panel, grad);
   }
 }
 

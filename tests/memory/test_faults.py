@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from chainfed_engine import api
 from chainfed_engine.boundary import BoundaryCache
 from chainfed_engine.cli.main import main
 from chainfed_engine.config_file import load_config
-from chainfed_engine.errors import MemoryBudgetExceeded, StorageError
-from chainfed_engine.federation import read_adapters
+from chainfed_engine.errors import InconsistentUpdates, MemoryBudgetExceeded, StorageError
+from chainfed_engine.federation import inputs, read_adapters
+from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.synth import synth
 
 MIB = 1 << 20
@@ -128,6 +131,33 @@ def test_a_budget_lowered_between_runs_is_refused_before_anything_changes_or_kep
     result = api.run(lower, Path("out"), resume=True)
     assert all(np.isfinite(array).all() for array in result.parameters.values())
     assert read_adapters("out")[1]["rounds"] == 4
+
+
+def test_layers_cut_while_they_stream_stop_the_run_by_their_name_and_whole_ones_let_it_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = inputs.plan_for
+
+    def one_slot(*arguments: Any, **named: Any) -> Plan:
+        plan = planned(*arguments, **named)
+        return replace(plan, choices=replace(plan.choices, num_slots=1))
+
+    monkeypatch.setattr(inputs, "plan_for", one_slot)
+    whole = {path: path.read_bytes() for path in Path("store").glob("layer-*")}
+    config = load_config("run.toml", ["chain.rounds=8"])
+
+    def cut(event: object) -> None:
+        if isinstance(event, dict) and event["event"] == "round" and event["round"] == 1:
+            for path, data in whole.items():
+                os.truncate(path, len(data) // 2)
+
+    with pytest.raises(InconsistentUpdates, match=r"layer-000\d.*ends at byte \d+, but data up to byte \d+"):
+        api.run(config, Path("out"), on_event=cut)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    result = api.run(config, Path("out"), resume=True)
+    assert [event["accepted"] for event in result.events if event["event"] == "round"] == [True] * 3
+    assert read_adapters("out")[1]["rounds"] == 8
 
 
 def test_a_kill_while_layers_stream_leaves_a_run_that_can_be_taken_up(folder: Path) -> None:

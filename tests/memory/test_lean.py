@@ -37,6 +37,28 @@ native.trim_heap()
 print(held, rss_bytes() - before)
 """
 
+# 200 blocks of 300 KiB, every second one freed: how much of them leaves at once.
+EVERY_SECOND = """
+import ctypes, sys
+from chainfed_engine.memory import lean
+from chainfed_engine.memory.meter import rss_bytes
+assert not lean.expect_deep_graphs()  # nobody has asked for a lean heap
+assert lean.keep_heap_lean()
+if sys.argv[1] == "deep":
+    assert lean.expect_deep_graphs()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+blocks = [libc.malloc(300 << 10) for _ in range(200)]
+for block in blocks:
+    ctypes.memset(block, 1, 300 << 10)
+before = rss_bytes()
+for block in blocks[::2]:
+    libc.free(block)
+print(before - rss_bytes())
+"""
+
 THREADS = """
 import ctypes, re, sys, threading
 from chainfed_engine.memory.lean import keep_heap_lean
@@ -78,6 +100,12 @@ def test_trim_returns_what_the_heap_keeps(mode: str) -> None:
     held, left = run_script(FREED_BLOCKS, mode, "400", "pinned")
     assert held > 70 * MIB
     assert left < 8 * MIB
+
+
+def test_between_kept_blocks_smaller_ones_leave_as_well_where_graphs_are_deep() -> None:
+    freed = 100 * (300 << 10)
+    assert run_script(EVERY_SECOND, "lean")[0] < freed // 4
+    assert run_script(EVERY_SECOND, "deep")[0] > freed - freed // 4
 
 
 def test_threads_share_few_arenas() -> None:

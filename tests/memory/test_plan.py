@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
-from chainfed_engine.memory.parts import fill_bytes
+from chainfed_engine.memory.parts import adapter_floats, fill_bytes, is_decoder
 from chainfed_engine.memory.plan import Choices, DataFacts, Request, StoreSizes, make_plan, predict, saved_floats
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
@@ -25,7 +26,10 @@ SIZES = StoreSizes(32 * 136 * MIB, 16 * 34 * MIB, 530 * MIB, 136 * MIB, 32, 16)
 @pytest.mark.parametrize(
     ("model_type", "keys"), [("bert", 6), ("roberta", 6), ("distilbert", 6), ("llama", 6), ("llama", 2), ("qwen3", 2)]
 )
-def test_the_window_keeps_exactly_the_floats_that_are_counted(model_type: str, keys: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["bottleneck", "lora"])
+def test_the_window_keeps_exactly_the_floats_that_are_counted(
+    model_type: str, keys: int, adapter: Literal["bottleneck", "lora"], tmp_path: Path
+) -> None:
     names = ("dim", "hidden_dim", "n_layers", "n_heads")
     if model_type != "distilbert":
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -36,7 +40,8 @@ def test_the_window_keeps_exactly_the_floats_that_are_counted(model_type: str, k
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = FrozenModel(LayerStore.open(synth(str(tmp_path / "config.json"), tmp_path / "store")))
     width, tokens = 32, 4 * 32
-    trainer = StageTrainer(model, ChainConfig(stand_in=False, adapter_size=width), task="classification", num_labels=2)
+    config_of_run = ChainConfig(stand_in=False, adapter=adapter, adapter_size=width)
+    trainer = StageTrainer(model, config_of_run, task="classification", num_labels=2)
     ids = torch.randint(5, 250, (4, 32), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids, torch.ones_like(ids), torch.arange(4) % 2, list("abcd"))
     stage = Stage("window", Window(1, 3), 0)
@@ -57,7 +62,12 @@ def test_the_window_keeps_exactly_the_floats_that_are_counted(model_type: str, k
         output = trainer.window(boundary, context)
     parameters = {p.untyped_storage().data_ptr() for p in trainer.parameters.tensors()}
     floats = sum(size for address, size in kept.items() if address not in parameters) / 4 / tokens
-    assert floats == saved_floats(model.shape) + 2 * (384 + 2 * width)
+    one = saved_floats(model.shape)
+    missing = 384 + (keys * 64 if model_type == "qwen3" else 0) if is_decoder(model.shape) else 0
+    first = 0 if adapter == "bottleneck" else one - missing  # LoRA acts inside the first layer
+    assert floats == first + one + 2 * (384 + 2 * width)
+    counted = adapter_floats(Request(model.shape, SIZES, config_of_run, "classification", interpreter_bytes=0))
+    assert counted == sum(p.numel() for p in trainer.parameters.adapters[1].parameters())
     del output
     trainer.end()
     model.store.close()

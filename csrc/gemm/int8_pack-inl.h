@@ -1,12 +1,11 @@
-// Packing of activations and unpacking of weights in AVX2, shared by the AVX2 and AVX-512 kernels (each file compiles
-// its own copy; internal linkage).
+// Packing of activations in AVX2, shared by the AVX2 and AVX-512 kernels (each file compiles its own copy; internal
+// linkage).
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 
 #include "gemm/int8_gemm.h"
-#include "gemm/nf4_codebook.h"
 #include "quant/tile.h"
 
 namespace chainfed {
@@ -79,7 +78,26 @@ inline void quantise_4x32(const float* x, __m256i codes[4], float scales[4], flo
   _mm_storeu_ps(sums, _mm_castsi128_ps(Sums::of(scale, sum_of_each(codes))));
 }
 
-template <int64_t Group, typename Sums>
+inline __m256i load_bytes(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
+inline void store_bytes(uint8_t* bytes, __m256i value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), value);
+}
+inline __m256 load_f16(const uint16_t* halves) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+}
+
+// The 32 codes of a token, in one byte or two each.
+template <int64_t CodeBytes>
+inline void store_codes(uint8_t* target, __m256i codes) {
+  if constexpr (CodeBytes == 1) {
+    store_bytes(target, codes);
+  } else {
+    store_bytes(target, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(codes)));
+    store_bytes(target + kTileCols, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(codes, 1)));
+  }
+}
+
+template <int64_t Group, typename Sums, int64_t CodeBytes = 1>
 void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tiles, uint8_t* group) {
   for (int64_t t = 0; t < Group; ++t) {
     for (int64_t tile = 0; tile < num_tiles; tile += 4) {
@@ -95,91 +113,12 @@ void pack(const float* x, int64_t num_tokens, int64_t num_cols, int64_t num_tile
       float scales[4], sums[4];
       quantise_4x32<Sums>(source, codes, scales, sums);
       for (int64_t i = 0; i < count; ++i) {
-        uint8_t* target = group + (tile + i) * group_tile_bytes(Group);
-        auto* target_scales = reinterpret_cast<float*>(target + Group * kTileCols);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + t * kTileCols), codes[i]);
+        uint8_t* target = group + (tile + i) * group_tile_bytes(Group, CodeBytes);
+        auto* target_scales = reinterpret_cast<float*>(target + Group * kTileCols * CodeBytes);
+        store_codes<CodeBytes>(target + t * kTileCols * CodeBytes, codes[i]);
         target_scales[t] = scales[i];
         target_scales[Group + t] = sums[i];
       }
-    }
-  }
-}
-
-// ---- One row tile to its half of a WeightTile: vector j of the row tile goes to codes[j * 64]. ----
-
-inline __m256i load_bytes(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
-inline void store_bytes(uint8_t* bytes, __m256i value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), value);
-}
-inline __m256 load_f16(const uint16_t* halves) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-}
-
-struct UnpackInt4 {
-  static constexpr BlockFormat kFormat = BlockFormat::int4;
-  static void tile(const MatrixView& w, int64_t index, uint8_t* codes, float* scale, float* offset) {
-    const uint8_t* source = static_cast<const uint8_t*>(w.codes) + index * kInt4TileBytes;
-    const auto* scales = static_cast<const uint16_t*>(w.scales) + index * 16;
-    const __m256i nibble = _mm256_set1_epi8(15);
-    for (int j = 0; j < 4; ++j) {
-      const __m256i bytes = load_bytes(source + 32 * j);
-      store_bytes(codes + j * 64, _mm256_and_si256(bytes, nibble));
-      store_bytes(codes + (j + 4) * 64, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-    }
-    _mm256_storeu_ps(scale, load_f16(scales));
-    _mm256_storeu_ps(offset, load_f16(scales + 8));
-  }
-};
-
-template <const Nf4Codebook& Codebook>
-struct UnpackNf4 {
-  static constexpr BlockFormat kFormat = BlockFormat::nf4;
-  static void tile(const MatrixView& w, int64_t index, uint8_t* codes, float* scale, float* offset) {
-    const uint8_t* source = static_cast<const uint8_t*>(w.codes) + index * kInt4TileBytes;
-    const __m256 absmax = _mm256_loadu_ps(static_cast<const float*>(w.scales) + index / 2 * 8);
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Codebook.codes)));
-    for (int j = 0; j < 4; ++j) {
-      const __m256i bytes = load_bytes(source + 32 * j);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-      store_bytes(codes + j * 64, _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble)));
-      store_bytes(codes + (j + 4) * 64, _mm256_shuffle_epi8(table, high));
-    }
-    _mm256_storeu_ps(scale, _mm256_mul_ps(absmax, _mm256_set1_ps(Codebook.slope)));
-    _mm256_storeu_ps(offset, _mm256_mul_ps(absmax, _mm256_set1_ps(Codebook.intercept)));
-  }
-};
-
-// Code + 128 with offset -128 d, for instructions that want unsigned weights.
-struct UnpackInt8 {
-  static constexpr BlockFormat kFormat = BlockFormat::int8;
-  static void tile(const MatrixView& w, int64_t index, uint8_t* codes, float* scale, float* offset) {
-    const uint8_t* source = static_cast<const uint8_t*>(w.codes) + index * kInt8TileBytes;
-    const __m256 scales = load_f16(static_cast<const uint16_t*>(w.scales) + index * 8);
-    const __m256i flip = _mm256_set1_epi8(-128);
-    for (int j = 0; j < 8; ++j) store_bytes(codes + j * 64, _mm256_xor_si256(load_bytes(source + 32 * j), flip));
-    _mm256_storeu_ps(scale, scales);
-    _mm256_storeu_ps(offset, _mm256_mul_ps(scales, _mm256_set1_ps(-128.0f)));
-  }
-};
-
-template <typename Unpack>
-void unpack(const MatrixView& w, int64_t panel, int64_t first_tile, int64_t num_tiles, WeightBlock* weights) {
-  WeightTile* tiles = weights->tiles;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row_tile = panel * 2 + half;
-    const int64_t index = row_tile * tiles_per_row(w) + first_tile;
-    for (int64_t t = 0; t < num_tiles; ++t) {
-      uint8_t* codes = tiles[t].codes + 32 * half;
-      float *scale = tiles[t].scale + 8 * half, *offset = tiles[t].offset + 8 * half;
-      if (row_tile < num_row_tiles(w)) {
-        Unpack::tile(w, index + t, codes, scale, offset);
-        continue;
-      }
-      for (int j = 0; j < 8; ++j) store_bytes(codes + 64 * j, _mm256_setzero_si256());
-      _mm256_storeu_ps(scale, _mm256_setzero_ps());
-      _mm256_storeu_ps(offset, _mm256_setzero_ps());
     }
   }
 }
