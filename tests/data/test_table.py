@@ -190,7 +190,7 @@ def test_several_columns_joined_are_one_text_of_what_is_not_blank(tmp_path: Path
         table.texts("subject + body")
     kept = table.without_blanks(["subject + body", "queue"])
     assert kept.texts("subject + body") == ["Hallo\nGrüße", "only body", "only subject"]
-    with pytest.raises(DataError, match="no column 'bodi'; there are 'subject', 'body', 'queue'"):
+    with pytest.raises(DataError, match="no column 'bodi'; there are "):
         table.column("subject + bodi")
     numbers = as_table([{"a": "x", "b": 3}])
     with pytest.raises(DataError, match=r"column 'a \+ b': expected text, got int"):
