@@ -144,6 +144,9 @@ memory-trial: build  ## an 8B shape fine-tuned and evaluated inside 1 GiB, enfor
 memory-sweep: build  ## predicted against measured peak memory over families, formats and budgets
 	$(BIN)/python bench/memory/sweep.py
 
+bench-streaming: build  ## reader against disk, overlap, generous budget, 64 layers against 8, 200 rounds against 10
+	$(BIN)/python bench/memory/streaming.py $(BENCH_STREAMING)
+
 bench-memory: build $(VENV)/.bench  ## peak memory and tokens a second against LoRA and QLoRA, side by side
 	$(BIN)/python bench/memory/compare.py $(BENCH_MEMORY)
 

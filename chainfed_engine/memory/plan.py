@@ -137,7 +137,7 @@ def predict(request: Request, choices: Choices) -> Plan:
     parts[f"largest phase ({highest})"] = phases[highest]
     parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
     parts["libraries at work"] = WORKING_BYTES
-    parts["heap"] = HEAP_BYTES + phases[highest] // 32
+    parts["heap"] = HEAP_BYTES
     facts: dict[str, Any] = {}
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
