@@ -84,7 +84,7 @@ def test_the_default_architectures_are_asked_of_nvcc(build: Path) -> None:
 
 def commands(build: Path) -> dict[str, str]:
     rows = json.loads((build / "compile_commands.json").read_text())
-    return {row["file"]: row["command"].replace(str(build), "BUILD") for row in rows}
+    return {row["file"].replace(str(build), "BUILD"): row["command"].replace(str(build), "BUILD") for row in rows}
 
 
 def link_of(build: Path, target: str) -> list[str]:
