@@ -69,7 +69,7 @@ lint: venv  ## ruff, mypy, clang-format
 	mypy
 	@clang-format --dry-run -Werror $(CPP)
 
-test: lint build sanitize-address sanitize-thread-short  ## linters, C++ tests (plain, sanitized, Arm where qemu is), Python tests
+test: lint build sanitize-address-short sanitize-thread-short  ## linters, C++ tests (plain, sanitized, Arm where qemu is), Python tests
 	ctest --test-dir build --output-on-failure
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
 	$(BIN)/python -m pytest --timeout 300
@@ -82,6 +82,12 @@ sanitize-address: venv  ## the C++ tests with address and undefined-behaviour sa
 
 sanitize-thread: venv  ## the C++ tests with the thread sanitizer
 	$(call run_preset,tsan)
+
+# Without the CUDA sources on their emulator, which take as long as all the rest together.
+CORE_TESTS := $(filter-out cuda_%,$(basename $(notdir $(wildcard tests/csrc/*_test.cpp))))
+sanitize-address-short: venv  ## the same without the emulated CUDA kernels
+	$(call build_preset,asan,$(CORE_TESTS))
+	ctest --preset asan --exclude-regex '^cuda_'
 
 # What runs threads of its own: the pool and the store's reader.
 sanitize-thread-short: venv  ## the thread sanitizer over pool and reader alone

@@ -12,7 +12,7 @@ for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do
 done
 mkdir -p build
 cmake --preset aarch64 >build/aarch64.log || { cat build/aarch64.log; exit 1; }
-cmake --build --preset aarch64 --parallel "${JOBS:-2}"
+cmake --build --preset aarch64 --parallel "${JOBS:-2}" --target {base,gemm,boundary,quant,head}_test
 
 run() { # CPU LEVEL TEST [NAME...]: of the test binary, the tests whose name contains one of NAME
   local cpu=$1 level=$2 binary=$3
