@@ -20,8 +20,7 @@ KEPT_HEAP_BYTES = 8 << 20
 # Each arena keeps free blocks of its own; by default there are eight a core.
 _MAX_ARENAS = 2
 
-
-_is_lean = False
+_is_lean = False  # whether this process asked for it
 
 
 def keep_heap_lean() -> bool:
