@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/fetch_rows.h"
 #include "base/simd_level.h"
 #include "base/thread_pool.h"
 #include "base/workspace.h"
@@ -13,8 +14,6 @@ namespace {
 
 constexpr SimdTable<const Int8Level*> kTable =
     CHAINFED_LEVELS(&kInt8Scalar, &kInt8Avx2, &kInt8Avx512Vnni, &kInt8Neon, &kInt8Dotprod, &kInt8I8mm);
-
-constexpr int64_t kLineFloats = 16;  // of a cache line
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,8 +36,7 @@ struct Batch {
 };
 
 // Where a block's sums come from and go to: the bias before the first block, out after the last, between them `sums`. A
-// panel that sticks out of the matrix goes to out through `edge`. Rows of out are fetched before they are written: they
-// lie a page or more apart, which no prefetcher of the machine follows.
+// panel that sticks out of the matrix goes to out through `edge`.
 void multiply_group(const Chunk& chunk, const WeightBlock& weights, int64_t panel, int64_t group, int64_t first_tile,
                     int64_t num_tiles, const float* start, float* sums) {
   const int64_t group_tokens = chunk.level.group_tokens, panel_rows = chunk.level.panel_rows;
@@ -54,9 +52,7 @@ void multiply_group(const Chunk& chunk, const WeightBlock& weights, int64_t pane
   const int64_t num_rows = chunk.w.num_rows, row = panel * panel_rows, width = std::min(panel_rows, num_rows - row);
   float* out = chunk.out + token * num_rows + row;
   if (width == panel_rows) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < panel_rows; i += kLineFloats) __builtin_prefetch(out + t * num_rows + i, 1);
-    }
+    fetch_rows(out, num_rows, tokens, panel_rows);
     return multiply(out, num_rows);
   }
   alignas(64) float edge[kMaxGroupTokens * kWidePanelRows];
