@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_quantised_already_or_an_adapter_alone(
 def test_a_store_of_a_newer_format(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "store" / "store.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    assert "version 99; this engine reads 1: install one that reads it" in refused_run(capsys, folder)
+    assert "version 99; this engine reads 1; install one that reads it" in refused_run(capsys, folder)
 
 
 def test_adapters_that_were_damaged_are_written_again_by_taking_the_run_up(
