@@ -157,23 +157,32 @@ bench-memory: build $(VENV)/.bench  ## peak memory and tokens a second against L
 	$(BIN)/python bench/memory/compare.py $(BENCH_MEMORY)
 
 # pip fetches what the build needs into an environment of its own; then the package runs from outside the source tree.
+# PYTHON=python3.13 builds and tests for that interpreter, whatever .venv has.
+WHEEL_PYTHON := build/wheel-venv/bin/python
+
 wheel: venv  ## a wheel in dist/, built in isolation and tried in an environment of its own
-	rm -rf dist build/wheel-venv build/lib* build/temp* build/bdist*
-	$(PIP) wheel --quiet . --no-deps --wheel-dir dist
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
-	cd build && wheel-venv/bin/chainfed doctor
+	rm -rf dist
+	$(call make_wheel,.,dist)
 	@ls -l dist
 
-test-wheel: wheel  ## the tests that need no source tree, on the installed wheel of an sdist unpacked elsewhere
-	rm -rf build/sdist && mkdir -p build/sdist
+test-wheel: venv  ## the tests that need no source tree, on the installed wheel of an sdist unpacked elsewhere
+	rm -rf build/sdist build/wheel-tests && mkdir -p build/sdist build/wheel-tests
 	$(PIP) install --quiet --constraint constraints.txt build
 	$(BIN)/python -m build --quiet --sdist --outdir build/sdist .
-	cd build/sdist && tar -xzf *.tar.gz && rm -rf wheel && ../../$(VENV)/bin/python -m pip wheel --quiet ./chainfed_engine-*/ --no-deps --wheel-dir wheel
-	build/wheel-venv/bin/python -m pip install --quiet --force-reinstall --no-deps build/sdist/wheel/*.whl
-	build/wheel-venv/bin/python -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
-	rm -rf build/wheel-tests && mkdir build/wheel-tests && cp -r tests pyproject.toml build/wheel-tests
-	cd build/wheel-tests && ../wheel-venv/bin/python -m pytest -q --timeout 600 $(WHEEL_TESTS)
+	cd build/sdist && tar -xzf *.tar.gz
+	$(call make_wheel,build/sdist/chainfed_engine-*/,build/sdist/wheel)
+	$(WHEEL_PYTHON) -m pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis
+	cp -r tests pyproject.toml build/wheel-tests
+	cd build/wheel-tests && ../../$(WHEEL_PYTHON) -m pytest -q --timeout 600 $(WHEEL_TESTS)
+
+# make_wheel(source, folder)
+define make_wheel
+	rm -rf build/wheel-venv build/lib* build/temp* build/bdist*
+	$(PYTHON) -m venv build/wheel-venv
+	$(WHEEL_PYTHON) -m pip wheel --quiet ./$(1) --no-deps --wheel-dir $(2)
+	$(WHEEL_PYTHON) -m pip install --quiet --constraint constraints.txt $(2)/*.whl
+	cd build && wheel-venv/bin/chainfed doctor
+endef
 
 # pip takes the oldest versions that pyproject.toml allows, as constraints-lowest.txt pins them; torch alone is the current
 # one, because old builds of it for the CPU are not to be had everywhere.

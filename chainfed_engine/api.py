@@ -81,7 +81,7 @@ def fit(
 ) -> Result:
     """Fine-tune in process. `clients`: a mapping from name to examples, or one table with a client column.
 
-    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSONL or Parquet file.
+    Examples are lists of dicts, a data frame, a `datasets.Dataset` or the path of a CSV, TSV, JSON(L) or Parquet file.
     The task follows from the columns: `label` (classification), `response` or `messages` (causal LM, loss on the
     response or on the assistant's turns); they default to the column of that name that is there. `missing`: "drop"
     leaves out rows with a blank, "error" names the first. `hold_out`: share of rows to evaluate on if `evaluation` is

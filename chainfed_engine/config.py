@@ -183,7 +183,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         if not self.train:
-            raise ConfigError("[data] train: expected the path of a CSV, JSONL or Parquet file, got none")
+            raise ConfigError("[data] train: expected the path of a CSV, JSON, JSONL or Parquet file, got none")
         given = [name for name in ("label", "response", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(

@@ -1,7 +1,6 @@
 """`chainfed keys`, `serve`, `join`: a federation over machines. Arguments in, exit code out."""
 
 import argparse
-import signal
 from pathlib import Path
 
 
@@ -56,7 +55,6 @@ def serve_run(options: argparse.Namespace) -> int:
     from chainfed_engine.config_file import load_config
     from chainfed_engine.federation.flower_server import FlowerServer, ServeOptions
 
-    _stop_on_termination()
     host, port = options.listen
     out = Path(options.out)
     given = ServeOptions(
@@ -82,21 +80,11 @@ def serve_run(options: argparse.Namespace) -> int:
 def join_run(options: argparse.Namespace) -> int:
     from chainfed_engine.federation.flower_site import FlowerSite, JoinOptions
 
-    _stop_on_termination()
     paths, server = (Path(options.config), Path(options.out), Path(options.keys)), "{}:{}".format(*options.server)
     with FlowerSite(JoinOptions(options.name, *paths, server, options.port, options.poll)) as site:
         print(f"{options.name}: joining {server}; end with Ctrl-C", flush=True)
         site.run()
     return 0
-
-
-def _stop_on_termination() -> None:
-    """A polite end (SIGTERM) goes the way of Ctrl-C, so that children are ended."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
 
 
 def _names(text: str) -> list[str]:

@@ -1,15 +1,19 @@
 """Entry point of `chainfed`: reads the arguments, runs one command, turns errors into one line and an exit code.
 
-0: done. 2: a ChainfedError (printed as `chainfed: error: ...` on stderr) or wrong arguments. 130: interrupted. Anything
-else that escapes is a bug and keeps its traceback. Only the command that runs imports torch and the native core, so
-that `--help` and `--version` answer at once.
+0: done. 2: a ChainfedError (one line, `chainfed: error: ...`, on stderr) or wrong arguments. 130: interrupted (Ctrl-C),
+143: terminated (SIGTERM); both end a run in the same orderly way. Anything else that escapes is a bug and keeps its
+traceback. Only the command that runs imports torch and the native core, so that `--help` and `--version` answer at
+once.
 """
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from chainfed_engine._version import __version__
 from chainfed_engine.cli import commands, federation
@@ -24,20 +28,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     prepare_process()
     try:
-        with warnings.catch_warnings():
+        with _termination_interrupts(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return int(options.command(options))
     except ChainfedError as error:
         line = " ".join(str(error).split())
         print(f"chainfed: error: {line}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print("chainfed: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("chainfed: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output went away (`chainfed plan ... | head`): nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems and `kill` send it: a run and the processes it started end as after Ctrl-C."""
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+
+    def interrupt(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def prepare_process() -> None:
@@ -128,7 +155,7 @@ def _add_run_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentP
 
     evaluate = subparsers.add_parser("eval", help="accuracy or token loss of a run, under the same budget")
     evaluate.add_argument("run", metavar="DIR", help="run directory")
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSONL or Parquet")
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="CSV, TSV, JSON, JSONL or Parquet")
     _add_device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=commands.evaluate)

@@ -1,14 +1,16 @@
 """Rows of a data file, one at a time: `open_rows(path, columns)` yields (line number, {column: value}).
 
-CSV and TSV values are text; JSONL and Parquet values are what the file says. Bytes are not trusted: encoding, quoting,
+CSV and TSV values are text; JSON and Parquet values are what the file says. Bytes are not trusted: encoding, quoting,
 ragged rows, duplicate columns, bad JSON and truncated archives raise DataError with the line number.
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +26,16 @@ Reader = Callable[[Path, IO[str]], Iterator[Row]]
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MAX_CELL_CHARS = 1 << 24  # one CSV cell; the csv module's own limit of 128 Ki is less than a long document
-_KNOWN = "expected .csv, .tsv or .jsonl (also with .gz, .bz2 or .xz) or .parquet"
+_PIECE_CHARS = 1 << 16  # of a JSON list, read at a time; more for a row that is longer
+_JSON_REMEDY = "write one object a line, or one list of objects"
+_BLANKS = re.compile(r"\s*")
+_KNOWN = "expected .csv, .tsv, .jsonl or .json (also with .gz, .bz2 or .xz) or .parquet; save it as one of these"
 
 
 def open_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     """Rows of `path` by its ending. `columns` lets Parquet read less; other formats yield every column."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name the data file in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -37,10 +44,10 @@ def open_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     opener: Callable[..., Any] = open
     if suffixes and suffixes[-1] in _OPENERS:
         opener = _OPENERS[suffixes.pop()]
-    readers: dict[str, Reader] = {".csv": _csv_rows, ".tsv": _tsv_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows}
-    if not suffixes or suffixes[-1] not in readers:
+    reader = _READERS.get(suffixes[-1] if suffixes else "")
+    if reader is None:
         raise DataError(f"{path}: unknown kind of data file; {_KNOWN}")
-    return _text_rows(path, opener, readers[suffixes[-1]])
+    return _text_rows(path, opener, reader)
 
 
 def _text_rows(
@@ -54,11 +61,24 @@ def _text_rows(
                 line = number or line
                 yield number, row
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise DataError(_not_utf8(path, opener)) from error
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}, after line {line}: the compressed file is damaged: {error}") from error
     except OSError as error:
         raise DataError(f"{path}, after line {line}: cannot be read: {error.strerror or error}") from error
+
+
+def _not_utf8(path: Path, opener: Callable[..., Any]) -> str:
+    """The message for a file that does not decode, with the line: text is decoded in pieces, ahead of the lines."""
+    with opener(path, "rb") as stream:
+        for number, text in enumerate(stream, start=1):
+            if number == 1 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return f"{path}: UTF-16 text; save it as UTF-8"
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number}: not UTF-8 text (byte 0x{text[error.start]:02x}); save it as UTF-8"
+    return f"{path}: not UTF-8 text; save it as UTF-8"
 
 
 def _tsv_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
@@ -107,15 +127,52 @@ def looks_otherwise_separated(names: Sequence[str]) -> bool:
     return len(names) == 1 and any(mark in names[0] for mark in ";|\t")
 
 
-def _jsonl_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
+def _json_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
+    """An object a line, or one list of objects."""
     for line, text in enumerate(stream, start=1):
         if not text.strip():
             continue
+        if line == 1 and text.lstrip().startswith("["):
+            stream.seek(0)
+            yield from _list_rows(path, stream)
+            return
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {line}: not JSON: {error}") from error
+            raise DataError(f"{path}, line {line}: not JSON: {error}; {_JSON_REMEDY}") from error
         yield line, row
+
+
+def _list_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
+    """The rows of a JSON list, of which only a piece is in memory."""
+    decoder = json.JSONDecoder()
+    text, at, line, piece, expected = "", 0, 1, _PIECE_CHARS, "["
+    while True:
+        mark_at = _end_of_blanks(text, at)
+        row_at = _end_of_blanks(text, mark_at + 1)
+        mark = text[mark_at : mark_at + 1]
+        if (mark + text[row_at : row_at + 1] if expected == "[" else mark) in ("[]", "]"):
+            return
+        try:
+            if mark and mark != expected:
+                raise ValueError(f"expected {expected!r} or the end of the list, got {mark!r}")
+            row, end = decoder.raw_decode(text, row_at)
+        except (ValueError, RecursionError) as error:
+            more = stream.read(piece) if len(text) - at < _MAX_CELL_CHARS else ""
+            if not more:
+                line += text.count("\n", at, row_at)
+                raise DataError(f"{path}, line {line}: not JSON: {str(error).split(':')[0]}; {_JSON_REMEDY}") from error
+            text, at, piece = text[at:] + more, 0, 2 * piece
+            continue
+        line += text.count("\n", at, row_at)
+        yield line, row
+        line += text.count("\n", row_at, end)
+        at, piece, expected = end, _PIECE_CHARS, ","
+
+
+def _end_of_blanks(text: str, at: int) -> int:
+    found = _BLANKS.match(text, at)
+    return found.end() if found is not None else at
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -135,3 +192,12 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
                     yield None, row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+
+
+_READERS: dict[str, Reader] = {
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".json": _json_rows,
+}

@@ -59,18 +59,28 @@ def dirichlet(labels: Sequence[Any] | npt.NDArray[Any], num_clients: int, alpha:
 
 
 def hold_out(labels: Sequence[str] | None, num_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Rows to train on and rows to evaluate on, both ascending: `share` of every label's rows, rounded down, or of all
-    rows without labels. Raises DataError when either would be empty."""
+    """Rows to train on and rows to evaluate on, both ascending: `share` of all rows, rounded down; with labels, of each
+    label's, and one row more of those whose fraction is largest. A label keeps a row to train on. Raises DataError when
+    no row is left for evaluation."""
     rng = np.random.default_rng(seed)
     groups = [np.arange(num_rows)]
     if labels is not None:
         _, codes = np.unique(np.asarray(labels), return_inverse=True)
         groups = [np.flatnonzero(codes == code) for code in range(int(codes.max()) + 1)]
-    held = np.sort(np.concatenate([rng.permutation(rows)[: int(share * len(rows))] for rows in groups])).astype(
+    shuffled = [rng.permutation(rows) for rows in groups]
+    counts = np.array([int(share * len(rows)) for rows in groups])
+    fractions = np.array([share * len(rows) for rows in groups]) - counts
+    fractions[[len(rows) <= count + 1 for rows, count in zip(groups, counts, strict=True)]] = -1.0
+    largest = np.argsort(-fractions, kind="stable")[: int(share * num_rows) - int(counts.sum())]
+    counts[largest[fractions[largest] > 0]] += 1
+    held = np.sort(np.concatenate([rows[:count] for rows, count in zip(shuffled, counts, strict=True)])).astype(
         np.int64
     )
     if not len(held):
-        raise DataError(f"hold_out {share}: no row of {num_rows} is left for evaluation; raise it or name [data] eval")
+        of_labels = "" if labels is None else f" with {len(groups)} labels"
+        raise DataError(
+            f"hold_out {share}: no row of {num_rows}{of_labels} is left for evaluation; raise it or name [data] eval"
+        )
     return np.setdiff1d(np.arange(num_rows, dtype=np.int64), held), held
 
 

@@ -1,4 +1,4 @@
-"""Tables of examples: from a CSV, TSV, JSONL or Parquet file (the text formats also as .gz, .bz2 or .xz), or from
+"""Tables of examples: from a CSV, TSV, JSON, JSONL or Parquet file (the text formats also as .gz, .bz2 or .xz), or from
 Python records, data frames and `datasets.Dataset` objects, which are recognised by their methods, never imported.
 
 A file is read row by row and only the columns asked for are kept. Everything that does not hold raises DataError with
@@ -119,7 +119,7 @@ def _joined(values: Sequence[Any]) -> Any:
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Table:
     """Read a file; `columns`: the only ones to keep (each must exist), None: all.
 
-    Recognised by the ending: .csv .tsv .jsonl (each also with .gz .bz2 .xz) and .parquet.
+    Recognised by the ending: .csv .tsv .jsonl .json (each also with .gz .bz2 .xz) and .parquet.
     """
     rows = files.open_rows(Path(path), columns)
     return _collect(str(path), rows, columns)
@@ -178,8 +178,8 @@ def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Seque
         if line is not None:
             lines.append(line)
         if columns is None:
-            for name in row.keys() - kept.keys():
-                kept[str(name)] = [None] * count
+            for name in row:
+                kept.setdefault(str(name), [None] * count)
         elif missing := next((name for name in columns if name not in row), None):
             place = f", line {line}" if line is not None else f", row {count}"
             raise _no_column(source + place if count else source, missing, list(islice(row, 32)))

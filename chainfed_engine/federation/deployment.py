@@ -32,6 +32,8 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.server import Server
 
 OUTCOME_FILE = "outcome.json"
+_MAX_OUTCOME_CHARS = 500
+_END_SECONDS = 15.0  # that sites get to hear of a run's end; those that do not only see the server go
 
 
 def serve_rounds(
@@ -66,8 +68,20 @@ def _serve(
     courier: Courier, config: RunConfig, out: Path, sites: Sequence[str], resume: bool, meet_seconds: float
 ) -> None:
     check_free(out, resume=resume)
-    info = StoreInfo.read(config.store)
     transport = FlowerTransport(courier, Patience.of(config.chain))
+    seconds = min(meet_seconds, _END_SECONDS)
+    try:
+        _run(transport, config, out, sites, resume, meet_seconds)
+    except ChainfedError as error:
+        _say_end(transport, sites, f"it failed: {error}", seconds)
+        raise
+    _say_end(transport, sites, "it is done", seconds)
+
+
+def _run(
+    transport: FlowerTransport, config: RunConfig, out: Path, sites: Sequence[str], resume: bool, meet_seconds: float
+) -> None:
+    info = StoreInfo.read(config.store)
     labels = _meet(transport, sites, info.fingerprint, config, meet_seconds)
     tokenizer = Tokenizer.load(config.store, info.config)
     evaluation = None
@@ -138,6 +152,13 @@ def _set_up(
     transport: FlowerTransport, sites: Sequence[str], setup: Mapping[str, Any], seconds: float
 ) -> dict[str, Mapping[str, Any]]:
     return _ask_all(transport, sites, pack({"message": "setup", "setup": setup}, {}), seconds)
+
+
+def _say_end(transport: FlowerTransport, sites: Sequence[str], outcome: str, seconds: float) -> None:
+    """Tell everybody who is there that the run is over, so that a server that goes now does not look lost."""
+    message = pack({"message": "end", "outcome": " ".join(outcome.split())[:_MAX_OUTCOME_CHARS]}, {})
+    for _ in transport.ask(dict.fromkeys(sites, message), Patience(deadline_seconds=seconds).start(len(sites))):
+        pass
 
 
 def _ask_all(

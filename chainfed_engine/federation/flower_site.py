@@ -63,7 +63,7 @@ class FlowerSite:
         command += ["--node-config", f'socket="{self._socket.path}"']
         self.supernode = Child(command, environment, log)
         self._starter = Child([*python, flower_starter.__name__, str(starter)], environment, log)
-        self._name, self._log = options.name, log
+        self._name, self._server, self._log = options.name, options.server, log
         self._watch = ServerWatch(options.name, options.server, options.keys / "ca.crt", log)
 
     def __enter__(self) -> "FlowerSite":
@@ -87,5 +87,13 @@ class FlowerSite:
             if line is None and self.supernode.starts > max(before, 1) and self._watch.trouble is None:
                 line = f"{self._name}: Flower's SuperNode ended and was started again; {self._log} says why"
             if line is not None:
-                print(f"chainfed: {line}", file=sys.stderr, flush=True)
+                _say(line)
             self._socket.serve_once()
+            ended = self._site.run_ended
+            if ended is not None and not self._watch.run_ended:
+                _say(f"{self._name}: {self._server}: the run is over, {ended}; waiting for the next one until Ctrl-C")
+            self._watch.run_ended = ended is not None
+
+
+def _say(line: str) -> None:
+    print(f"chainfed: {line}", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 
 LABELS_FILE = "labels.json"
+_DAMAGED_LABELS = "the file is damaged: delete it, and take the run up with --resume, which writes it again"
 
 
 def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
@@ -84,7 +85,7 @@ def read_labels(run_dir: Path) -> list[str]:
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}; expected the directory of a classification run") from error
     except ValueError as error:
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged") from error
+        raise CorruptFile(f"{path}: expected a JSON list of labels; {_DAMAGED_LABELS}") from error
     if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-        raise CorruptFile(f"{path}: expected a JSON list of labels; the file is damaged")
+        raise CorruptFile(f"{path}: expected a JSON list of labels; {_DAMAGED_LABELS}")
     return labels

@@ -6,6 +6,7 @@ a restart the server no longer relies on what clients hold).
 
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,9 @@ class _Run:
         run_rounds(
             self._server, self._transport, self._directory, emit=self._emit, after_exchange=self._after, held=held
         )
+        setbacks = self._server.setbacks_at_end()
+        if setbacks is not None:
+            warnings.warn(setbacks, stacklevel=2)
         if not self._is_evaluated():
             self._evaluate()
         figures = {name: value for name, value in self._evaluated.items() if name not in ("event", "round")}
@@ -103,6 +107,7 @@ class _Run:
         if self._server.done:
             self._directory.forget_received()
             if self._is_evaluated():
+                self._save_adapters()  # what was lost or damaged since is there again
                 return
         self._emit(
             {"event": "resume", "round": self._last_round, "skipped_states": list(saved.skipped) if saved else []}
@@ -124,6 +129,18 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Write the adapters as they are, and score them if there is someone to do it."""
+        self._save_adapters()
+        if self._evaluator is None:
+            return
+        self._notify({"event": "phase", "name": "evaluate", "total": None})
+        reply = self._evaluator.handle(self._server.evaluation_task(self._evaluator.name))
+        if reply.error is not None:
+            raise ChainfedError(f"evaluation after round {self._last_round}: {reply.error}")
+        self._emit({"event": "memory", "round": self._last_round, **self._measure_memory()})
+        self._evaluated = evaluation_event(self._last_round, reply.metrics)
+        self._emit(self._evaluated)
+
+    def _save_adapters(self) -> None:
         server = self._server
         about = {
             "adapter": server.config.adapter,
@@ -133,15 +150,6 @@ class _Run:
             "task": server.task,
         }
         self._directory.save_adapters(server.parameters(), about)
-        if self._evaluator is None:
-            return
-        self._notify({"event": "phase", "name": "evaluate", "total": None})
-        reply = self._evaluator.handle(server.evaluation_task(self._evaluator.name))
-        if reply.error is not None:
-            raise ChainfedError(f"evaluation after round {self._last_round}: {reply.error}")
-        self._emit({"event": "memory", "round": self._last_round, **self._measure_memory()})
-        self._evaluated = evaluation_event(self._last_round, reply.metrics)
-        self._emit(self._evaluated)
 
     @property
     def _last_round(self) -> int:

@@ -232,9 +232,15 @@ def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
     file = Path(path) / "adapters.safetensors"
     if not file.is_file():
         raise StorageError(f"{file}: not found; expected the directory of a run that was evaluated or finished")
-    arrays, record, _ = read_arrays(file)
+    try:
+        arrays, record, _ = read_arrays(file)
+    except CorruptFile as error:
+        raise CorruptFile(f"{error}; take the run up with --resume, which writes it again") from error
     if record.get("format") != ADAPTERS_FORMAT or record.get("version") != 1:
-        raise CorruptFile(f"{file}: expected format {ADAPTERS_FORMAT} version 1, got {record.get('format')!r:.60}")
+        raise CorruptFile(
+            f"{file}: expected format {ADAPTERS_FORMAT} version 1, got {record.get('format')!r:.60} version "
+            f"{record.get('version')!r:.20}; install the version of chainfed-engine that wrote it"
+        )
     if any(array.dtype != np.float32 for array in arrays.values()):
         raise CorruptFile(f"{file}: expected float32 arrays only")
     return arrays, record

@@ -44,12 +44,14 @@ def why_unreachable(server: str, certificate: Path) -> str | None:
 
 
 class ServerWatch:
-    """Follows a SuperNode's log. `trouble`: what was said last, None while the server answers."""
+    """Follows a SuperNode's log. `trouble`: what was said last, None while the server answers. `run_ended`: set by the
+    caller once the server's run is over, after which it is expected to go."""
 
     def __init__(self, site: str, server: str, certificate: Path, log: Path) -> None:
         self._site, self._server, self._certificate, self._log = site, server, certificate, log
         self._read = log.stat().st_size if log.exists() else 0
         self.trouble: str | None = None
+        self.run_ended = False
         self._reached_before = False
 
     def look(self) -> str | None:
@@ -66,6 +68,8 @@ class ServerWatch:
         if reason is None or reason == self.trouble:
             return None
         self.trouble = reason
+        if self.run_ended:
+            return None
         expected = "expected the server" + (" to be there still" if self._reached_before else "")
         return f"{self._site}: {self._server}: {expected}: {reason}; trying again until Ctrl-C"
 

@@ -1,9 +1,10 @@
 """One site of a deployed federation: its own store, data and cache, answering messages as bytes. Free of transports.
 
-In: header and payload of a message (codec.py); out: those of its answer. Three kinds: `hello` (who are you, what do you
-hold), `setup` (how to train: configuration and labels of the run), `task` (a `Task`). Whatever goes wrong by the
-engine's own account becomes an answer with one line of error. The folder keeps setup, parameters and boundary cache, so
-that a site that was restarted goes on where it was. Data, labels beyond their names, and caches never leave it.
+In: header and payload of a message (codec.py); out: those of its answer. Four kinds: `hello` (who are you, what do you
+hold), `setup` (how to train: configuration and labels of the run), `task` (a `Task`), `end` (the run is over). Whatever
+goes wrong by the engine's own account becomes an answer with one line of error. The folder keeps setup, parameters and
+boundary cache, so that a site that was restarted goes on where it was. Data, labels beyond their names, and caches
+never leave it.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
 OWN_FIELDS = frozenset({"budget", "client_budgets", "device", "encrypt_cache"})
-_MAX_LABELS, _MAX_LABEL_CHARS = 65536, 1024
+_MAX_LABELS, _MAX_LABEL_CHARS, _MAX_OUTCOME_CHARS = 65536, 1024, 500
 
 
 def setup_record(config: ChainConfig, labels: list[str]) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class Site:
         self._client: Client | None = None
         self._encoded: EncodedData | None = None
         self._plan: Plan | None = None
+        self.run_ended: str | None = None  # how, once the server has said that its run is over
         files.make_folder(out)
         self._load_setup()
 
@@ -66,13 +68,16 @@ class Site:
         try:
             record, arrays = unpack(header, payload)
             kind = record.get("message")
+            self.run_ended = _outcome(record.get("outcome")) if kind == "end" else None
+            if kind == "end":
+                return pack({"message": "ended", "site": self.name}, {})
             if kind == "hello":
                 return pack(self._hello(), {})
             if kind == "setup":
                 return pack(self._take_setup(record.get("setup")), {})
             if kind == "task":
                 return self._do(record.get("task"), arrays)
-            raise CorruptFile(f"message: expected hello, setup or task, got {kind!r:.60}")
+            raise CorruptFile(f"message: expected hello, setup, task or end, got {kind!r:.60}")
         except ChainfedError as error:
             line = " ".join(f"{type(error).__name__}: {error}".split())
             return pack({"message": "error", "site": self.name, "error": line[:2000]}, {})
@@ -175,6 +180,12 @@ def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | 
 def _chain(setup: Mapping[str, Any], own: ChainConfig) -> ChainConfig:
     """The run's settings with what this site decides for itself."""
     return ChainConfig(**{**setup["config"], **{name: getattr(own, name) for name in OWN_FIELDS}})
+
+
+def _outcome(said: object) -> str:
+    """A line from the network, for a terminal."""
+    text = said if isinstance(said, str) else "the server does not say how"
+    return "".join(mark if mark.isprintable() else " " for mark in text[:_MAX_OUTCOME_CHARS])
 
 
 def _checked(setup: object) -> dict[str, Any]:

@@ -197,12 +197,17 @@ def _read_json_bytes(folder: Path) -> bytes:
         os.close(descriptor)
 
 
+_OTHER_VERSION = "install one that reads it, or convert the checkpoint again"
+
+
 def _checked_keys(content: Any, folder: Path) -> dict[str, Any]:
     where = folder / STORE_JSON
     if not isinstance(content, dict) or content.get("format") != FORMAT_NAME:
         raise CorruptFile(f'{where}: expected a JSON object with "format": "{FORMAT_NAME}"')
     if content.get("version") != FORMAT_VERSION:
-        raise CorruptFile(f"{where}: version {content.get('version')!r:.50}; this engine reads {FORMAT_VERSION}")
+        raise CorruptFile(
+            f"{where}: version {content.get('version')!r:.50}; this engine reads {FORMAT_VERSION}; {_OTHER_VERSION}"
+        )
     for key, kind in _KEYS.items():
         value = content.get(key)
         if key not in content or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

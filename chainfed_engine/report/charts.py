@@ -152,8 +152,6 @@ def windows(run: RunLog) -> Chart | None:
     for each in svg.thinned(placed, svg.MAX_POINTS):
         assert each.window is not None
         first, stop = each.window
-        if first == stop:
-            continue
         state = "part p0" if each.accepted else "part refused"
         outcome = "" if each.accepted else ", no usable update"
         label = f"round {each.index + 1}: layers {first} to {stop - 1}{outcome}"
@@ -161,7 +159,7 @@ def windows(run: RunLog) -> Chart | None:
     if run.start_layer:
         frame.reference(run.start_layer, f"start layer {run.start_layer}", below=True)
     lead = "Layers whose adapters a round trained; those above were not even loaded."
-    if any(first == stop for first, stop in (each.window for each in placed if each.window)):
+    if len(placed) < len(run.rounds):
         lead += " Rounds without a box trained the classifier alone."
     return Chart("Position of the window", lead, frame.svg("window position by round"))
 
@@ -200,7 +198,7 @@ def _lines(
     for index, (value, label) in enumerate(references):
         frame.reference(value, label, left=index % 2 == 1)  # two that lie close stay legible
     for value, label in verticals:
-        frame.vertical(value, label)
+        frame.vertical(value, label, lower=within_one)
     for style, (name, line) in enumerate(lines.items()):
         if line:
             frame.line(line, style, name)

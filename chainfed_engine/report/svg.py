@@ -70,13 +70,14 @@ class Frame:
         x, anchor = (self.left + 6, "start") if left else (WIDTH - RIGHT - 4, "end")
         self.add(text(x, at, label, anchor, "note"))
 
-    def vertical(self, value: float, label: str, above: int = 0) -> None:
-        """A vertical line with its name beside it, or in the `above`th row over the frame."""
+    def vertical(self, value: float, label: str, above: int = 0, *, lower: bool = False) -> None:
+        """A vertical line with its name beside it (`lower`: clear of a curve along the top), or in the `above`th row
+        over the frame."""
         x = self.x(value)
         top = self.top - 18 * above + 4 if above else self.top
         self.add(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{self.height - BOTTOM}"/>')
         left = x > WIDTH * 0.6
-        self.add(text(x - 5 if left else x + 5, top + 9, label, "end" if left else "start", "note"))
+        self.add(text(x - 5 if left else x + 5, top + (24 if lower else 9), label, "end" if left else "start", "note"))
 
     def box(self, x0: float, x1: float, y0: float, y1: float, classes: str, label: str) -> None:
         """A rectangle between two corners in data units."""

@@ -7,6 +7,7 @@ seed, method, clients, model) is refused instead of being continued into somethi
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
         and all(map(_is_count, awaited.values()))
     )
     _require(owed, "awaited", awaited)
-    _require_rounds(record["run"]["rounds"], run, progress["start_layer"])
+    _require_rounds(record["run"]["rounds"], run, progress["round_id"], progress["start_layer"])
     rejections = progress["rejections"]
     _require(
         isinstance(rejections, list) and all(isinstance(text, str) for text in rejections), "rejections", rejections
@@ -157,31 +158,45 @@ def require_start_layer(progress: Progress, plan: Plan) -> None:
         raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
 
 
-def _require_rounds(saved_rounds: int, run: Mapping[str, Any], start_layer: int | None) -> None:
-    """Rounds may be added where the rounds that were run stay those of the longer schedule: a continuous chain ends at
-    the top, so it goes on by whole sweeps; train-and-freeze shares all rounds out."""
+def _require_rounds(saved_rounds: int, run: Mapping[str, Any], round_id: int, start_layer: int | None) -> None:
+    """The number of rounds may change, but not below those that were run. Where they are not the first ones of a run of
+    the new length, a warning says so. Raises ConfigError."""
     config, rounds = run["config"], run["rounds"]
     if rounds == saved_rounds:
         return
-    if config["lr_decay"] != "none":
-        raise ConfigError(
-            f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now; lr_decay spreads over all "
-            "rounds: put it back or start a new run"
-        )
-    if config["method"] != "chain":
-        return
-    rest = (run["task"], config["aggregation"])
     change = f"resume: rounds was {saved_rounds} in the saved run and is {rounds} now"
-    if config["schedule"] != "continuous":
-        raise ConfigError(f"{change}; {config['schedule']} cannot add any: put it back or start a new run")
-    before, now = (num_probe_rounds(config["probe_rounds"], count, *rest) for count in (saved_rounds, rounds))
-    if before != now:
-        raise ConfigError(f"{change}; that changes how many of them probe: fix probe_rounds or start a new run")
-    if num_refit_rounds(config["refit_rounds"], now, rounds):
-        raise ConfigError(f"{change}; a run ends with its refit_rounds: put it back or start a new run")
+    if rounds < round_id:
+        raise ConfigError(f"{change}; {round_id} were run already: raise [chain] rounds or start a new run")
+    rest = (config["probe_rounds"], run["task"], config["aggregation"])
+    before, now = (num_probe_rounds(rest[0], count, *rest[1:]) for count in (saved_rounds, rounds))
+    if config["method"] == "chain" and (before > 0) != (now > 0):
+        raise ConfigError(f"{change}; that changes whether some of them probe: fix probe_rounds or start a new run")
+    if round_id and not _is_beginning(saved_rounds, run, (before, now), start_layer):
+        warnings.warn(
+            f"{change}; the {round_id} that were run keep the learning rates and windows of the shorter or longer run, "
+            "so the result differs from that of a run of this length from the start",
+            stacklevel=2,
+        )
+
+
+def _is_beginning(
+    saved_rounds: int, run: Mapping[str, Any], probe_rounds: tuple[int, int], start_layer: int | None
+) -> bool:
+    """Whether the rounds of a run of `saved_rounds` are the first of one of `run["rounds"]`: a continuous chain ends at
+    the top, so it goes on by whole sweeps; train-and-freeze and a decaying rate share all rounds out."""
+    config, rounds = run["config"], run["rounds"]
+    if config["lr_decay"] != "none":
+        return False
+    if config["method"] != "chain":
+        return True
+    refits = (num_refit_rounds(config["refit_rounds"], probe_rounds[0], count) for count in (saved_rounds, rounds))
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
-    if start_layer is not None and (rounds - saved_rounds) % sweep:
-        raise ConfigError(f"{change}; this chain goes on by whole sweeps of {sweep} rounds, to {saved_rounds + sweep}")
+    return (
+        config["schedule"] == "continuous"
+        and probe_rounds[0] == probe_rounds[1]
+        and not any(refits)
+        and (start_layer is None or (rounds - saved_rounds) % sweep == 0)
+    )
 
 
 def _require_same_run(saved: Any, run: Mapping[str, Any]) -> None:

@@ -125,6 +125,11 @@ class Server:
         """None until it has been chosen from profiles."""
         return self._start_layer
 
+    def setbacks_at_end(self) -> str | None:
+        """What to tell of a finished run whose last rounds were rejected, None where there is nothing. Raises
+        NonFiniteLoss or InconsistentUpdates where all of them were."""
+        return self._setbacks.at_end(self._round_id)
+
     def parameters(self) -> Arrays:
         """All adapters and the classifier: float32, shared, not to be written to."""
         return self._model.parameters()
@@ -359,6 +364,8 @@ class Server:
         self._profile_attempts = progress.profile_attempts
         self._start_layer = progress.start_layer
         self._setbacks = Setbacks(progress.rejections, progress.only_non_finite)
+        if not self.done:
+            self._setbacks.renew()
         self._typical_size = None
         if progress.typical_norm is not None and progress.typical_steps is not None:
             self._typical_size = Size(progress.typical_norm, progress.typical_steps)

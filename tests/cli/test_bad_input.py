@@ -130,6 +130,39 @@ def test_a_checkpoint_of_an_unknown_architecture(folder: Path, capsys: pytest.Ca
     assert "'gpt2': expected one of bert, roberta, distilbert, llama" in line
 
 
+def test_a_checkpoint_that_is_quantised_already_or_an_adapter_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps({**SHAPE, "quantization_config": {"quant_method": "awq", "bits": 4}}))
+    save_file({"qweight": np.zeros((4, 4), np.int32)}, checkpoint / "model.safetensors")
+    line = refused(capsys, folder, "convert", "checkpoint", "converted")
+    assert "config.json: the weights are quantised already (quantization_config: 'awq'); convert the original" in line
+    config.rename(checkpoint / "adapter_config.json")
+    assert "an adapter alone" in refused(capsys, folder, "convert", "checkpoint", "converted")
+
+
+def test_a_store_of_a_newer_format(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "store" / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    assert "version 99; this engine reads 1; install one that reads it" in refused_run(capsys, folder)
+
+
+def test_adapters_that_were_damaged_are_written_again_by_taking_the_run_up(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "out" / "adapters.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-9], b"", None):
+        path.unlink() if content is None else path.write_bytes(content)
+        line = refused(capsys, folder, "eval", "out", "--data", "eval.csv")
+        assert ("not found" if content is None else "take the run up with --resume, which writes it again") in line
+        assert main(["run", "run.toml", "--out", "out", "--resume"]) == 0
+        assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("source", ["nowhere/at/all", "store", "train.csv"])
 def test_a_source_that_is_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
     assert source in refused(capsys, folder, "convert", source, "converted")

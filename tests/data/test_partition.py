@@ -90,6 +90,9 @@ def test_rows_are_held_out_of_every_label_and_the_same_ones_for_a_seed() -> None
     assert [labels[row] for row in held].count("a") == 5 and [labels[row] for row in held].count("b") == 2
     assert 29 in kept  # the only one of its label
     assert np.array_equal(hold_out(labels, 30, 0.25, seed=3)[1], held)
+    labels = [str(row % 40) for row in range(360)]
+    of_rare = [labels[row] for row in hold_out(labels, 360, 0.1, seed=0)[1]]
+    assert len(of_rare) == len(set(of_rare)) == 36  # nine rows a label: a tenth of each would be none
     assert len(hold_out(None, 10, 0.35, seed=0)[1]) == 3
     with pytest.raises(DataError, match="no row of 3 is left for evaluation"):
         hold_out(None, 3, 0.1, seed=0)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from chainfed_engine.config import DataConfig
-from chainfed_engine.data import Table, as_table, read_table
+from chainfed_engine.data import Table, as_table, files, read_table
 from chainfed_engine.errors import DataError
 
 ARCHIVES = [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
@@ -93,12 +93,22 @@ def test_parquet_reads_the_same_rows(tmp_path: Path) -> None:
         ("a.csv", 'text;label\n"x";1\n', r"line 2: not a CSV row: .*another character: save it with commas"),
         ("a.csv", "text;label\nx,y;1\n", r"line 2: expected 1 values, got 2; the file seems to separate"),
         ("a.csv", "text,text\nx,1\n", "a column name stands twice"),
-        ("a.csv", b"text,label\nx,1\n\xff\xfe,2\n", "not UTF-8 text .*; save it as UTF-8"),
+        ("a.csv", b"text,label\nx,1\n\xff\xfe,2\n", r"line 3: not UTF-8 text \(byte 0xff\); save it as UTF-8"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv: UTF-16 text; save it as UTF-8"),
         ("a.jsonl", "", "at least one row"),
         ("a.jsonl", '{"text": 1}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", "[" * 100_000 + "\n", r"line 1: not JSON"),
-        ("a.jsonl", "[1, 2]\n", r"line 1: expected an object .* got list"),
-        ("a.json", "[]", "unknown kind of data file; expected .csv"),
+        ("a.jsonl", "[1, 2]\n", r"line 1: expected an object .* got int"),
+        ("a.json", "[]", "expected at least one row"),
+        (
+            "a.json",
+            '[{"text": 1},\n\n{"text": ]',
+            r"a\.json, line 3: not JSON: .*; write one object a line, or one list",
+        ),
+        ("a.json", '[{"text": 1}\n{"text": 2}]', r"line 2: not JSON: expected ',' or the end of the list, got '{'"),
+        ("a.json", '[{"text": 1}, {"text": 2}', r"line 1: not JSON"),
+        ("a.json", '{\n"text": 1\n}', r"line 1: not JSON: .*; write one object a line"),
+        ("a.xlsx", "", "unknown kind of data file; expected .csv"),
         ("a", "", "unknown kind"),
     ],
 )
@@ -106,6 +116,23 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
     with pytest.raises(DataError, match=message) as caught:
         read_table(write(tmp_path / name, content))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_is_read_in_pieces(tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_PIECE_CHARS", 7)
+    rows = [{"text": f'"[{{, \u6f22 {"x" * number}', "more": [number, {"a": None}]} for number in range(9)]
+    path = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
+    table = read_table(path)
+    assert table.columns == {name: [row[name] for row in rows] for name in ("text", "more")}
+    assert table.line_numbers.tolist() == [1 if indent is None else 2 + 9 * number for number in range(9)]
+    lines = write(tmp_path / "b.json", "\n".join(map(json.dumps, rows)))
+    assert read_table(lines).columns == table.columns
+
+
+def test_columns_are_told_in_the_order_of_the_rows() -> None:
+    with pytest.raises(DataError, match="no column 'label'; there are 'text', 'z', 'a', 'q'"):
+        as_table([{"text": "x", "z": 1, "a": 2}, {"q": 3}]).column("label")
 
 
 def test_a_missing_column_names_those_there(tmp_path: Path) -> None:
@@ -117,6 +144,8 @@ def test_a_missing_column_names_those_there(tmp_path: Path) -> None:
         read_table(uneven, ["text"])
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "none.csv")
+    with pytest.raises(DataError, match="is a folder; name the data file in it"):
+        read_table(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,10 @@ def _rounds(out: Path) -> list[dict[str, Any]]:
 
 
 def test_a_deployed_run_ends_with_the_bits_of_the_run_in_process(root: Path, tmp_path: Path) -> None:
-    outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path)))
+    courier = DirectCourier(_sites(root, tmp_path))
+    outcome = _serve(root, tmp_path / "run", courier)
     assert outcome["status"] == "done", outcome
+    assert [one.run_ended for one in courier.sites.values()] == ["it is done"] * len(SITES)
     for name in ("adapters.safetensors", "labels.json"):
         assert (tmp_path / "run" / name).read_bytes() == (root / "in-process" / name).read_bytes()
     for deployed, local in zip(_rounds(tmp_path / "run"), _rounds(root / "in-process"), strict=True):
@@ -280,7 +282,9 @@ def _refused(root: Path, tmp_path: Path, change: dict[str, Any]) -> str:
         record, arrays = unpack(header, payload)
         return pack({**record, **(change if name == "hospital" and record["message"] == "hello" else {})}, arrays)
 
-    outcome = _serve(root, tmp_path / "run", DirectCourier(_sites(root, tmp_path), spoil=spoil))
+    courier = DirectCourier(_sites(root, tmp_path), spoil=spoil)
+    outcome = _serve(root, tmp_path / "run", courier)
+    assert all(str(one.run_ended).startswith("it failed: site hospital: ") for one in courier.sites.values())
     assert outcome["status"] == "failed" and not (tmp_path / "run" / "state").exists()
     return str(outcome["error"])
 

@@ -113,5 +113,6 @@ def test_a_server_that_is_killed_is_taken_up_by_another_with_the_same_bits(tmp_p
         assert _same(tmp_path)
         before, after = (tmp_path / "join-clinic.log").read_text().split(said, 1)
         assert " answers\n" in before and " answers\n" in after
+        assert "the run is over, it is done; waiting for the next one" in after
     finally:
         end(server)

@@ -121,6 +121,8 @@ def test_a_server_that_vanishes_is_said_once_and_so_is_its_return(keys: Path, tm
     assert look(FAILED) is None and look("INFO : something else\n") is None
     assert look("INFO :      Connection successful after 3.1 seconds and 4 tries.\n") == f"clinic: {address} answers"
     assert look(REACHED) is None and watch.trouble is None
+    watch.run_ended = True
+    assert look(FAILED) is None and watch.trouble is not None, "a server whose run is over may go"
 
 
 def test_a_key_that_is_not_registered_is_told_from_a_server_that_is_gone(keys: Path, tmp_path: Path) -> None:

@@ -231,3 +231,10 @@ def test_no_run_or_too_many_are_refused(tmp_path: Path) -> None:
         write_report([tmp_path] * (MAX_RUNS + 1))
     with pytest.raises(StorageError, match=r"no metrics\.jsonl"):
         write_report([tmp_path / "missing"])
+
+
+def test_rounds_for_the_classifier_alone_are_explained(tmp_path: Path) -> None:
+    sentence = "Rounds without a box trained the classifier alone."
+    probed = [plan(), profile(), exchange(0, window=[4, 4]), exchange(1), exchange(2)]
+    assert sentence in " ".join(page_of(write_run(tmp_path / "probed", probed))[1])
+    assert sentence not in " ".join(page_of(write_run(tmp_path / "trained", whole_run()))[1])

@@ -1,10 +1,11 @@
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chainfed_engine.errors import ConfigError, CorruptFile
+from chainfed_engine.errors import ConfigError, CorruptFile, InconsistentUpdates
 from chainfed_engine.server import Server
 from tests.server.server_parts import Site, make_server, play, same_bits
 
@@ -70,19 +71,62 @@ def test_other_clients_or_another_model_are_refused() -> None:
         make_server(num_layers=5).restore(*saved)
 
 
-def test_whole_sweeps_continue_a_continuous_chain_and_nothing_a_shared_out_one() -> None:
+def test_whole_sweeps_are_the_beginning_of_a_longer_continuous_chain() -> None:
     constant: dict[str, Any] = {"lr_decay": "none"}
-    state = _saved(make_server(rounds=6, **constant))
     sweep = 1 + len(range(2, make_server().shape.num_layers))  # of a window of 2 from layer 0
+    state = _state_after(3, rounds=6, **constant)
     make_server(rounds=6 + sweep, budget=2**30, eval_every=2, **constant).restore(*state)
-    with pytest.raises(ConfigError, match=f"whole sweeps of {sweep} rounds, to {6 + sweep}"):
-        make_server(rounds=7 + sweep, **constant).restore(*state)
-    with pytest.raises(ConfigError, match="rounds"):
-        shared: dict[str, Any] = {"schedule": "train-and-freeze", **constant}
-        make_server(rounds=9, **shared).restore(*_saved(make_server(**shared)))
-    refitted: dict[str, Any] = {"probe_rounds": 1, "refit_rounds": 1, **constant}
-    with pytest.raises(ConfigError, match="refit_rounds"):
-        make_server(rounds=6 + sweep, **refitted).restore(*_saved(make_server(rounds=6, **refitted)))
+    with pytest.raises(ConfigError, match="is 2 now; 3 were run already"):
+        make_server(rounds=2, **constant).restore(*state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "added"),
+    [
+        ({"lr_decay": "none"}, 1),
+        ({"lr_decay": "none", "schedule": "train-and-freeze"}, 3),
+        ({"lr_decay": "none", "probe_rounds": 1, "refit_rounds": 1}, 3),
+        ({"lr_decay": "cosine"}, 3),
+    ],
+)
+def test_a_run_that_gets_more_rounds_than_its_schedule_foresaw_warns_and_goes_on(
+    fields: dict[str, Any], added: int
+) -> None:
+    longer = make_server(rounds=6 + added, **fields)
+    with pytest.warns(UserWarning, match=r"rounds was 6 in the saved run and is \d now; the 6 that were run keep"):
+        longer.restore(*_state_after(6, rounds=6, **fields))
+    assert not longer.done and longer.rounds == 6 + added
+    play(longer, rounds=added)
+    assert longer.done and longer.setbacks_at_end() is None
+
+
+def test_rounds_that_change_whether_the_classifier_is_probed_are_refused() -> None:
+    with pytest.raises(ConfigError, match="whether some of them probe"):
+        make_server(rounds=8, probe_rounds=None).restore(*_saved(make_server(rounds=2, probe_rounds=None)))
+
+
+def test_a_run_whose_last_rounds_were_rejected_says_so_and_one_without_a_round_fails() -> None:
+    server = make_server(rounds=4)
+    play(server, rounds=2)
+    for _ in range(2):
+        server.next_tasks()
+        server.receive([])
+    said = "no usable update in the last 2 of 4 rounds .*; the parameters are those of round 2"
+    assert re.match(said, str(server.setbacks_at_end()))
+    again = make_server(rounds=4)
+    again.restore(*_saved(server))
+    assert again.setbacks_at_end() == server.setbacks_at_end()
+    lost = make_server(rounds=1)
+    lost.next_tasks()
+    lost.receive([])
+    with pytest.raises(InconsistentUpdates, match=r"no usable update in any of 1 rounds .*; nothing was trained"):
+        lost.setbacks_at_end()
+
+
+def _state_after(num_rounds: int, **fields: Any) -> Any:
+    server = make_server(**fields)
+    play(server, rounds=num_rounds)
+    return _saved(server)
 
 
 def _damage(arrays: Any, record: Any, what: str) -> None:
@@ -152,10 +196,3 @@ def test_saving_changes_nothing_and_shares_no_later_change() -> None:
     server.receive([site.answer(task) for task in server.next_tasks()])
     assert same_bits(arrays, before)
     assert record["progress"]["round_id"] == 0
-
-
-def test_a_run_whose_rate_decays_over_its_rounds_cannot_get_more_of_them() -> None:
-    first = make_server(rounds=6, lr_decay="cosine")
-    play(first, rounds=3)
-    with pytest.raises(ConfigError, match="rounds was 6 in the saved run and is 8 now; lr_decay"):
-        make_server(rounds=8, lr_decay="cosine").restore(*_saved(first))

@@ -77,7 +77,12 @@ def resolve_hub_id(name: str) -> Path:
 
 def open_folder(folder: Path, label: str) -> Source:
     """The checkpoint in `folder`. Raises StorageError, CorruptFile or UnsupportedModel naming the file."""
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{folder}: holds an adapter alone (adapter_config.json); name the model it was made for"
+        )
     config = _read_json(folder / "config.json")
+    _refuse_quantised(folder, config)
     if config.get("model_type") == "xlm-roberta":  # RoBERTa with another vocabulary
         config["model_type"] = "roberta"
     names = _weight_files(folder)
@@ -106,6 +111,17 @@ def open_folder(folder: Path, label: str) -> Source:
         pooling=_pooling(folder),
         close=partial(_close, descriptors),
     )
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    """Weights in another library's own packing (AWQ, GPTQ, bitsandbytes, FP8 with scales, ...) are not read."""
+    settings = config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UnsupportedModel(
+            f"{folder}/config.json: the weights are quantised already (quantization_config: {method!r:.50}); convert "
+            "the original checkpoint in bf16, f16 or f32, or a GGUF file"
+        )
 
 
 def _close(descriptors: list[int]) -> None:
