@@ -72,7 +72,7 @@ lint: venv  ## ruff, mypy, clang-format
 test: lint build sanitize-address-short sanitize-thread-short  ## linters, C++ tests (plain, sanitized, Arm where qemu is), Python tests
 	ctest --test-dir build --output-on-failure
 	JOBS=$(JOBS) tests/csrc/run_aarch64.sh --short
-	$(BIN)/python -m pytest --timeout 300
+	$(BIN)/python -m pytest --timeout 300 --numprocesses $(JOBS)
 
 # The core alone, without Python; build/asan and build/tsan (CMakePresets.json).
 sanitize: sanitize-address sanitize-thread  ## the C++ tests with address, undefined-behaviour and thread sanitizers
