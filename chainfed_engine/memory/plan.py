@@ -60,7 +60,8 @@ _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 class Plan:
     """`predicted_peak_bytes` of resident memory; `parts` add up to it; `choices` are what the run will use.
 
-    `reasons`: why each choice is as it is, by its name. For a run on a CUDA device with memory of its own the peak is
+    `reasons`: why each choice is as it is, by its name. `advice`: another method that would serve better within the
+    same budget, if there is one. For a run on a CUDA device with memory of its own the peak is
     that memory's, and `facts` hold `predicted_host_bytes` beside it.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     smallest_budget_bytes: int = 0
+    advice: str | None = None
 
     def recorded_in(self, config: ChainConfig) -> ChainConfig:
         """`config` with what was "auto" as it was chosen."""
@@ -85,6 +87,7 @@ class Plan:
             "parts": dict(self.parts),
             "choices": dict(vars(self.choices)),
             "reasons": dict(self.reasons),
+            "advice": self.advice,
             **self.facts,
         }
 
@@ -98,6 +101,8 @@ class Plan:
         lines = [f"{name:<{width}}  {format_size(size):>12}" for name, size in rows.items()]
         for name, value in vars(self.choices).items():
             lines.append(f"{name}: {value}" + (f" ({self.reasons[name]})" if name in self.reasons else ""))
+        if self.advice is not None:
+            lines.append(f"advice: {self.advice}")
         return "\n".join(lines)
 
 
@@ -110,7 +115,10 @@ def make_plan(request: Request) -> Plan:
     for plan in plans:
         if budget is None or plan.predicted_peak_bytes <= budget:
             return replace(
-                plan, reasons=_reasons(request, plan, plans), smallest_budget_bytes=smallest.predicted_peak_bytes
+                plan,
+                reasons=_reasons(request, plan, plans),
+                smallest_budget_bytes=smallest.predicted_peak_bytes,
+                advice=_advice(request),
             )
     assert budget is not None
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
@@ -119,6 +127,21 @@ def make_plan(request: Request) -> Plan:
         f"budget {format_size(budget)}: the smallest that would do is {smallest.predicted_peak_bytes} bytes "
         f"({format_size(smallest.predicted_peak_bytes)}; {largest} takes {format_size(smallest.parts[largest])}); "
         f"raise [memory] budget" + ("" if not savings else f" or shrink it: {'; '.join(savings)}")
+    )
+
+
+def _advice(request: Request) -> str | None:
+    """Causal LMs learn more from LoRA in all layers than from the chain in the same time, where it fits (measured:
+    docs/RESULTS.md)."""
+    if request.task != "causal-lm" or request.config.method != "chain":
+        return None
+    try:
+        plan = make_plan(replace(request, config=replace(request.config, method="lora")))
+    except MemoryBudgetExceeded:
+        return None
+    return (
+        f'[train] method = "lora" fits too, at {format_size(plan.predicted_peak_bytes)}: a causal LM learned more from '
+        f"it in the same time (docs/RESULTS.md)"
     )
 
 

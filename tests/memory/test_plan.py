@@ -15,6 +15,7 @@ from chainfed_engine.memory.plan import Choices, DataFacts, Request, StoreSizes,
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.model.synth import synth
+from chainfed_engine.sizes import format_size
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Batch, ModelShape, Stage, Window
 
@@ -145,3 +146,16 @@ def test_hidden_states_of_a_fill_are_no_more_than_the_samples_there_are() -> Non
     few = replace(wide_request(None), facts=DataFacts(128, 127, largest_client_samples=8, evaluation_samples=4))
     choices = Choices(2, 4, False, "int8", 64 * MIB, 1024)
     assert fill_bytes(wide_request(None), choices) - fill_bytes(few, choices) == 64 * MIB - 8 * 128 * 2048 * 4
+
+
+def test_a_causal_lm_is_told_of_lora_end_to_end_where_it_fits_and_only_there() -> None:
+    plan = make_plan(request(2048 * MIB))
+    assert plan.advice is not None
+    said = make_plan(request(2048 * MIB, method="lora"))
+    assert format_size(said.predicted_peak_bytes) in plan.advice
+    assert said.advice is None
+    assert plan.table().endswith(f"advice: {plan.advice}")
+    least = said.smallest_budget_bytes
+    assert make_plan(request(least)).advice is not None
+    assert make_plan(request(least - 1)).advice is None
+    assert make_plan(replace(request(None), task="classification")).advice is None
