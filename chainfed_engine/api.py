@@ -18,7 +18,7 @@ from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
-from chainfed_engine.federation.session import Session, open_trainer, plan_for, running_out
+from chainfed_engine.federation.session import Session, check_choices, open_trainer, plan_for, running_out
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, TaskKind
@@ -29,7 +29,7 @@ class Result:
     """What a run left: `parameters` float32 by name, `evaluation` figures ({} without evaluation data), `events`."""
 
     parameters: Arrays
-    evaluation: Mapping[str, float | None]
+    evaluation: Mapping[str, float]
     events: list[dict[str, Any]]
     directory: Path
 
@@ -183,6 +183,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
+    check_choices(StoreInfo.read(config.store), config.chain, config.data.task)
     config = _with_pooling(config)
     table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     if held_out is None and config.data.hold_out:

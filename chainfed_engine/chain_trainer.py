@@ -146,7 +146,7 @@ class ChainTrainer:
         return self.round_id >= self.config.rounds
 
     def evaluate(self, batches: Iterable[Mapping[str, Any] | Batch]) -> dict[str, float]:
-        """`accuracy` and `loss`, or `token_loss`, of the whole model as trained so far."""
+        """`accuracy`, `macro_f1` and `loss`, or `token_loss`, of the whole model as trained so far."""
         scores = self._trainer.evaluate((as_batch(batch) for batch in batches), self.state_dict())
         self._notify("eval", **scores)
         return scores

@@ -23,7 +23,14 @@ from chainfed_engine.memory.lean import KEPT_HEAP_BYTES
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import batch_on
-from chainfed_engine.objective import CausalReadout, ClassificationReadout, Objective, require_labels
+from chainfed_engine.objective import (
+    CausalReadout,
+    ClassificationReadout,
+    Objective,
+    accuracy_and_macro_f1,
+    class_counts,
+    require_labels,
+)
 from chainfed_engine.objective.stand_in import StandIn
 from chainfed_engine.optimizer import AdamW
 from chainfed_engine.parameters import Parameters
@@ -219,17 +226,20 @@ class StageTrainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:
-        """`accuracy` and `loss`, or `token_loss`, of the whole model with all adapters; `num_samples` seen."""
+        """`accuracy`, `macro_f1` (the classes count alike) and `loss`, or `token_loss`, of the whole model with all
+        adapters; `num_samples` seen."""
         self.parameters.load(arrays)
-        samples, targets, correct, loss = 0, 0, 0, 0.0
+        samples, targets, loss = 0, 0, 0.0
+        num_labels = self.classifier.num_labels if self.classifier is not None else 0
+        counts = torch.zeros(3, num_labels, dtype=torch.int64)
         for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
             samples += len(batch.sample_ids)
             batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):
                 losses = self.readout.token_losses(hidden, batch)
             else:
-                losses, hits = self.readout.scores(hidden, batch)
-                correct += int(hits.sum())
+                losses, predicted = self.readout.scores(hidden, batch)
+                counts += class_counts(require_labels(batch), predicted, num_labels)
             targets += len(losses)
             loss += float(losses.double().sum())
         native.trim_heap()
@@ -237,7 +247,8 @@ class StageTrainer:
             raise InvalidArgument("evaluate: the data holds no labelled sample")
         if self.task == "causal-lm":
             return {"token_loss": loss / targets, "num_target_tokens": float(targets), "num_samples": float(samples)}
-        return {"accuracy": correct / samples, "loss": loss / samples, "num_samples": float(samples)}
+        accuracy, macro_f1 = accuracy_and_macro_f1(counts)
+        return {"accuracy": accuracy, "macro_f1": macro_f1, "loss": loss / samples, "num_samples": float(samples)}
 
     @property
     def lr(self) -> float:

@@ -185,6 +185,7 @@ def test_evaluate_repeats_the_runs_own_last_figures(stores: dict[str, Path], tmp
     result = api.run(config, tmp_path / "out")
     scores = cfe.evaluate(tmp_path / "out", tmp_path / "eval.jsonl")
     assert scores["accuracy"] == result.evaluation["accuracy"]
+    assert scores["macro_f1"] == pytest.approx(result.evaluation["macro_f1"])
     assert scores["loss"] == pytest.approx(result.evaluation["loss"])
     memory = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert any(event["event"] == "memory" and event["peak_rss_bytes"] > 0 for event in memory)

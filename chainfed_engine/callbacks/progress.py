@@ -214,5 +214,5 @@ def _window_text(event: Mapping[str, Any]) -> str:
 
 
 def _scores(event: Mapping[str, Any]) -> str:
-    names = ("accuracy", "token_loss", "loss")
-    return ", ".join(f"{name.replace('_', ' ')} {event[name]:.4f}" for name in names if event.get(name) is not None)
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "token_loss": "token loss", "loss": "loss"}
+    return ", ".join(f"{word} {event[name]:.4f}" for name, word in names.items() if event.get(name) is not None)

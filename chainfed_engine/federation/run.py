@@ -4,6 +4,7 @@ A run that was killed and taken up again ends with the same bits and the same me
 a restart the server no longer relies on what clients hold).
 """
 
+import math
 import resource
 import sys
 import warnings
@@ -23,12 +24,13 @@ from chainfed_engine.types import Arrays, Reply, Task
 
 @dataclass(frozen=True)
 class FitResult:
-    """`parameters`: adapters and classifier, float32; `evaluation`: the last `eval` event's figures, {} without one."""
+    """`parameters`: adapters and classifier, float32; `evaluation`: the last `eval` event's figures, NaN where one is
+    not finite, {} without an evaluation."""
 
     parameters: Arrays
     start_layer: int | None
     rounds: int
-    evaluation: Mapping[str, float | None]
+    evaluation: Mapping[str, float]
 
 
 def measure_peak_rss() -> dict[str, int]:
@@ -92,7 +94,11 @@ class _Run:
             warnings.warn(setbacks, stacklevel=2)
         if not self._is_evaluated():
             self._evaluate()
-        figures = {name: value for name, value in self._evaluated.items() if name not in ("event", "round")}
+        figures = {
+            name: math.nan if value is None else value
+            for name, value in self._evaluated.items()
+            if name not in ("event", "round")
+        }
         server = self._server
         return FitResult(server.parameters(), server.start_layer, server.round_id, figures)
 

@@ -121,7 +121,9 @@ class _Finder(MetaPathFinder, Loader):
         self._packages = packages
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if any(name == package or name.startswith(package + ".") for package in self._packages):
+        if name in self._packages:
+            return ModuleSpec(name, self, is_package=True) if _is_there(name, path) else None
+        if any(name.startswith(package + ".") for package in self._packages):
             return ModuleSpec(name, self, is_package=True)
         return None
 
@@ -130,6 +132,12 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         pass
+
+
+def _is_there(name: str, path: Any) -> bool:
+    """Whether the package is installed: libraries ask for it and go without it where it is not."""
+    others = (finder for finder in sys.meta_path if not isinstance(finder, _Finder))
+    return any(finder.find_spec(name, path) is not None for finder in others)
 
 
 def _real_module(name: str) -> ModuleType:

@@ -90,12 +90,27 @@ class ClassificationReadout:
         return self.final_norm(self.pool(hidden, batch.attention_mask))
 
     def scores(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses [B] and hits (bool [B]) of the final hidden state [B, T, D], for evaluation."""
-        labels, logits = require_labels(batch), self.logits(self.pool(hidden, batch.attention_mask))
-        return cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
+        """Losses [B] and predicted labels (int64 [B]) of the final hidden state [B, T, D], for evaluation."""
+        logits = self.logits(self.pool(hidden, batch.attention_mask))
+        return cross_entropy(logits, require_labels(batch), reduction="none"), logits.argmax(dim=-1)
 
     def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
         return weighted_cross_entropy([self.logits(rows) for rows in branches], weights, require_labels(batch))
+
+
+def class_counts(labels: Tensor, predicted: Tensor, num_labels: int) -> Tensor:
+    """Of each class how often it was right, met as a label, and predicted: int64 [3, C], from int64 [B] each."""
+    rows = (labels[labels == predicted], labels, predicted)
+    return torch.stack([torch.bincount(row.cpu(), minlength=num_labels) for row in rows])
+
+
+def accuracy_and_macro_f1(counts: Tensor) -> tuple[float, float]:
+    """Of `class_counts`. Macro F1: the mean over classes of 2 TP / (2 TP + FP + FN), without those that neither occur
+    nor are predicted, as scikit-learn's `f1_score(average="macro")`."""
+    right, met, predicted = counts.double()
+    there = met + predicted > 0
+    f1 = 2 * right[there] / (met + predicted)[there]
+    return float(right.sum() / met.sum()), float(f1.mean())
 
 
 def weighted_cross_entropy(branches: Sequence[Tensor], weights: Sequence[float], labels: Tensor) -> Tensor:

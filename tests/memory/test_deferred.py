@@ -55,6 +55,22 @@ def run_script(script: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def test_a_package_that_is_not_installed_stays_away() -> None:
+    script = """
+import importlib.util
+from chainfed_engine.memory.deferred import deferred_imports
+with deferred_imports(["nowhere_to_be_found", "email.nowhere", "wave"]):
+    assert importlib.util.find_spec("nowhere_to_be_found") is None
+    assert importlib.util.find_spec("email.nowhere") is None
+    import wave
+    from wave.parts import anything
+    print(repr(wave.Wave_read), end=" ")
+import wave
+print(wave.Wave_read)
+"""
+    assert run_script(script) == "<wave.Wave_read, imported when it is used> <class 'wave.Wave_read'>"
+
+
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_a_family_and_its_modules_come_without_what_a_run_never_calls(architecture: str) -> None:
     assert run_script(LEAN, architecture, *HEAVY) == ""
