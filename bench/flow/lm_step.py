@@ -7,8 +7,10 @@
 
 One side a process, so that peaks do not mix. The LoRA side has the store's architecture with random weights: neither
 its speed nor its memory depends on them. Every token but the first of each sequence carries a label; adapters above the
-window are trained (non-zero), so the head sees two branches. Prints one JSON line: tokens a second (median step) and
-the peak resident set above the imports, the weights included. Encoders are trained as classifiers.
+window are trained (non-zero), so the head sees two branches. With --text the tokens are those of a file and the
+stand-in is fitted on it, else random: how much of the head's gradient can be left out depends on both. Prints one JSON
+line: tokens a second (median step) and the peak resident set above the imports, the weights included. Encoders are
+trained as classifiers.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from typing import Any
 
 from chainfed_engine.cli.main import prepare_process
 
+STAND_IN_BATCHES = 8
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="tokens a second and peak memory of one training step")
@@ -35,6 +39,7 @@ def main() -> int:
     parser.add_argument("--start", type=int, help="first layer of the window (default: the middle)")
     parser.add_argument("--slots", type=int, help="files of the store in memory at a time (default: all)")
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--text", help="a text file for the tokens, which the store's tokenizer splits (causal LMs)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     sides = {"window": _window, "lora": _lora, "qlora": _lora, "adapters": _adapters}
@@ -67,14 +72,14 @@ def _window(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from chainfed_engine import native
+    from chainfed_engine import native, stand_in
     from chainfed_engine.config import ChainConfig
     from chainfed_engine.memory.meter import reset_peak_rss, rss_bytes
     from chainfed_engine.model.format import StoreInfo
     from chainfed_engine.model.frozen import FrozenModel
     from chainfed_engine.model.store import LayerStore
     from chainfed_engine.step import StageTrainer
-    from chainfed_engine.types import Batch, Stage, Window, stand_in_key
+    from chainfed_engine.types import Stage, Window, stand_in_key
 
     torch.set_num_threads(options.threads)
     native.set_num_threads(options.threads)
@@ -96,18 +101,43 @@ def _window(options: argparse.Namespace) -> dict[str, Any]:
     for key, value in arrays.items():
         if key.endswith("up_weight"):
             arrays[key] = (1e-3 * generator.normal(size=value.shape)).astype(np.float32)
-    arrays[stand_in_key(window.stop, "weight")] = np.eye(width, dtype=np.float32)
-    arrays[stand_in_key(window.stop, "bias")] = np.zeros(width, np.float32)
-    ids = torch.from_numpy(generator.integers(0, model.shape.vocab_size, (options.batch, options.tokens)))
-    names = [f"sample-{index}" for index in range(options.batch)]
-    labels = ids.clone() if causal else torch.arange(options.batch) % 4
-    batch = Batch(ids, torch.ones_like(ids), labels, names)
+    batch, *others = _batches(options, model.shape.vocab_size, causal)
+    if others:
+        arrays |= stand_in.solve(trainer.profile([batch, *others], arrays, depths=[window.stop], with_scores=False))
+        native.trim_heap()
+        reset_peak_rss()  # the step's peak is asked for; the fit is another phase
+    else:
+        arrays[stand_in_key(window.stop, "weight")] = np.eye(width, dtype=np.float32)
+        arrays[stand_in_key(window.stop, "bias")] = np.zeros(width, np.float32)
     with tempfile.TemporaryDirectory() as cache:
         trainer.begin(Stage("window", window, 1), arrays, cache_dir=Path(cache), lr=1e-3)
         trainer.prepare([batch])
         figures = _measure(lambda: trainer.step(batch), options, before)
         trainer.end()
     return {**figures, "window": [window.start, window.stop], "slots": options.slots}
+
+
+def _batches(options: argparse.Namespace, vocab_size: int, causal: bool) -> Any:
+    """The step's batch; of a text, those after it too, for the stand-in."""
+    import torch
+
+    from chainfed_engine.types import Batch
+
+    shape = (options.batch, options.tokens)
+    if options.text is None:
+        rows = torch.randint(0, vocab_size, (1, *shape), generator=torch.Generator().manual_seed(0))
+    else:
+        from chainfed_engine.data.tokenizer import Tokenizer
+
+        text = Path(options.text).read_text(encoding="utf-8")[: 8 * STAND_IN_BATCHES * options.batch * options.tokens]
+        ids = next(Tokenizer.load(options.store).encode([text], len(text)))
+        count = min(len(ids) // (options.batch * options.tokens), STAND_IN_BATCHES)
+        if count < 2:
+            raise SystemExit(f"{options.text}: expected at least {2 * options.batch * options.tokens} tokens")
+        rows = torch.as_tensor(ids[: count * options.batch * options.tokens]).long().view(count, *shape)
+    names = [f"sample-{index}" for index in range(options.batch)]
+    labels = torch.arange(options.batch) % 4
+    return [Batch(ids, torch.ones_like(ids), ids.clone() if causal else labels, names) for ids in rows]
 
 
 def _lora(options: argparse.Namespace) -> dict[str, Any]:

@@ -29,18 +29,26 @@ def main() -> int:
     parser.add_argument("--slots", type=int, help="files of the store in memory at a time (default: all)")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--folder", help="where stores go and stay (default: a temporary folder)")
+    parser.add_argument("--text", help="a text file for the tokens of causal LMs (default: random tokens)")
+    parser.add_argument(
+        "--source", help="convert this checkpoint, GGUF file or hub id for the first shape (default: random weights)"
+    )
     options = parser.parse_args()
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="chainfed-compare-") as temporary:
-        for shape in options.shapes:
-            lines += compare(options, shape, Path(options.folder or temporary) / shape)
+        for index, shape in enumerate(options.shapes):
+            source = options.source if index == 0 else None
+            lines += compare(
+                options, shape, Path(options.folder or temporary) / (f"{shape}-real" if source else shape), source
+            )
     print_table(lines)
     return 0
 
 
-def compare(options: argparse.Namespace, shape: str, store: Path) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace, shape: str, store: Path, source: str | None) -> list[dict[str, Any]]:
     if not (store / "store.json").exists():
-        subprocess.run([sys.executable, "-m", "chainfed_engine", "synth", "--shape", shape, str(store)], check=True)
+        make = ["convert", source] if source else ["synth", "--shape", shape]
+        subprocess.run([sys.executable, "-m", "chainfed_engine", *make, str(store)], check=True)
     encoder = shape.startswith("bert")
     possible = ("window", "adapters") if encoder else ("window", "lora", "qlora")
     sizes = ["--batch", "16"] if encoder else ["--batch", "4"]
@@ -49,6 +57,7 @@ def compare(options: argparse.Namespace, shape: str, store: Path) -> list[dict[s
     for _ in range(options.repeats):
         for side in [name for name in options.sides if name in possible]:
             more = ["--slots", str(options.slots)] if options.slots and side == "window" else []
+            more += ["--text", options.text] if options.text and side == "window" else []
             command = [sys.executable, str(STEP), str(store), side, *sizes, *more]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:

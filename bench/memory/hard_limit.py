@@ -3,14 +3,16 @@
     python bench/memory/hard_limit.py 512MiB COMMAND ...
 
 Exit code: the command's (137: killed by the limit), 125 when no group can be made, with the reason on stderr. The last
-line on stderr is a JSON object: exit_code, peak_bytes (the kernel's), limit_bytes, limit_hits (reclaims at the limit:
-page cache going is no failure), seconds. Needs to own a memory cgroup: as root, or in a delegated group (version 2).
+line on stderr is a JSON object: exit_code, peak_bytes (the kernel's), peak_resident_bytes (the largest process's own),
+limit_bytes, limit_hits (reclaims at the limit: page cache going is no failure), seconds. Needs to own a memory cgroup:
+as root, or in a delegated group (version 2).
 Pages that others have cached are not charged to the command: the caches are dropped first where that is allowed.
 """
 
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -35,7 +37,8 @@ def main() -> int:
     started = time.perf_counter()
     try:
         exit_code = run_inside(group, sys.argv[2:])
-        figures = {"exit_code": exit_code, **read_figures(group), "limit_bytes": limit}
+        resident = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        figures = {"exit_code": exit_code, **read_figures(group), "peak_resident_bytes": resident, "limit_bytes": limit}
     finally:
         group.rmdir()
     print(json.dumps({**figures, "seconds": round(time.perf_counter() - started, 1)}), file=sys.stderr)

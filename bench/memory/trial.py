@@ -1,10 +1,12 @@
 """The trial of the promise: a store of a large shape, fine-tuned and evaluated under a hard memory limit.
 
     python bench/memory/trial.py --shape llama-3.1-8b --limit 1GiB [--folder DIR] [--keep]
+    python bench/memory/trial.py --shape llama-3.1-8b --limit 1GiB --convert [--only convert]
 
 Everything runs in processes of its own under `hard_limit.py`, page cache included: `synth` (unless the store is there),
 `run` (start layer by CKA and stand-ins, cache fill, window steps, slides, evaluation) and `eval`. Prints one JSON line
-a process and a verdict; exit code 1 if one did not come to its end. Disk: 5.5 GB for the 8B shape.
+a process and a verdict; exit code 1 if one did not come to its end. Disk: 5.5 GB for the 8B shape. With `--convert` the
+store comes from `convert` of a random bf16 checkpoint (`checkpoint.py`, outside the limit): 16 GB more.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from checkpoint import write_checkpoint
 
 HARD_LIMIT = Path(__file__).with_name("hard_limit.py")
 CONFIG = """[model]
@@ -49,6 +53,8 @@ def main() -> int:
     parser.add_argument("--budget", help="what the run is told (default: the limit)")
     parser.add_argument("--folder", help="where store and runs go (default: a temporary folder)")
     parser.add_argument("--keep", action="store_true", help="leave the store for the next trial")
+    parser.add_argument("--convert", action="store_true", help="make the store from a checkpoint")
+    parser.add_argument("--only", choices=("synth", "convert", "run", "eval"), nargs="*", help="leave the others out")
     parser.add_argument("--window", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
@@ -59,17 +65,19 @@ def main() -> int:
     folder = Path(options.folder or tempfile.mkdtemp(prefix="chainfed-trial-"))
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / f"{Path(options.shape).name}-store"
+    checkpoint = folder / f"{Path(options.shape).name}-checkpoint"
     try:
-        return trial(options, folder, store)
+        return trial(options, folder, store, checkpoint)
     finally:
         shutil.rmtree(folder / "run", ignore_errors=True)
         if not options.keep:
             shutil.rmtree(store, ignore_errors=True)
+            shutil.rmtree(checkpoint, ignore_errors=True)
             if options.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def trial(options: argparse.Namespace, folder: Path, store: Path) -> int:
+def trial(options: argparse.Namespace, folder: Path, store: Path, checkpoint: Path) -> int:
     shutil.rmtree(folder / "run", ignore_errors=True)
     train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
     write_text_rows(train, 4 * options.batch, seed=0)
@@ -85,7 +93,14 @@ def trial(options: argparse.Namespace, folder: Path, store: Path) -> int:
         "eval": ["eval", str(folder / "run"), "--data", str(held_out), "--json"],
     }
     if not (store / "store.json").exists():
-        commands = {"synth": ["synth", "--shape", options.shape, str(store)], **commands}
+        if options.convert:
+            if not checkpoint.exists():
+                write_checkpoint(options.shape, checkpoint, shard_bytes=4 * 10**9)
+            commands = {"convert": ["convert", str(checkpoint), str(store)], **commands}
+        else:
+            commands = {"synth": ["synth", "--shape", options.shape, str(store)], **commands}
+    if options.only:
+        commands = {name: arguments for name, arguments in commands.items() if name in options.only}
     for name, arguments in commands.items():
         figures = limited(options.limit, arguments)
         if name == "run":

@@ -20,7 +20,7 @@ from chainfed_engine.model.convert.source import AnyArray, F32Array, Source, Sou
 from chainfed_engine.model.families import Location, name_table
 from chainfed_engine.model.families.names import name_in
 from chainfed_engine.model.format import FileInfo, StoreInfo
-from chainfed_engine.model.header import open_regular, pread_exactly
+from chainfed_engine.model.header import open_regular, pread_once
 from chainfed_engine.model.layout import MatrixLayout, is_quantised, matrix_layout
 from chainfed_engine.model.store_file import TensorEntry
 
@@ -98,12 +98,12 @@ def _decode(path: Path, entry: TensorEntry, begin: int, end: int) -> F32Array:
     before = matrix_layout(entry.block_format, begin, entry.num_cols) if begin else MatrixLayout("U8", (0,))
     descriptor = open_regular(path)
     try:
-        raw = _read(descriptor, layout.codes_bytes, entry.codes_offset + before.codes_bytes, path)
+        raw = pread_once(descriptor, layout.codes_bytes, entry.codes_offset + before.codes_bytes, path)
         if not is_quantised(entry.block_format):
             dtype = np.uint16 if entry.block_format == "bf16" else np.float32
             rows: AnyArray = np.frombuffer(raw, dtype).reshape(end - begin, entry.num_cols)
             return bf16_to_f32(rows) if entry.block_format == "bf16" else rows.copy()
-        scales_raw = _read(descriptor, layout.scales_bytes, entry.scales_offset + before.scales_bytes, path)
+        scales_raw = pread_once(descriptor, layout.scales_bytes, entry.scales_offset + before.scales_bytes, path)
     finally:
         os.close(descriptor)
     codes = _aligned(raw, layout.codes_dtype, layout.codes_shape)
@@ -122,12 +122,6 @@ def _aligned(raw: bytes, dtype: str, shape: tuple[int, ...]) -> AnyArray:
     start = -room.ctypes.data % 64
     room[start : start + len(raw)] = np.frombuffer(raw, np.uint8)
     return room[start : start + len(raw)].view(_DTYPES[dtype]).reshape(shape)
-
-
-def _read(descriptor: int, num_bytes: int, offset: int, path: Path) -> bytes:
-    raw = pread_exactly(descriptor, num_bytes, offset, path)
-    os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
-    return raw
 
 
 def _copy_tokenizer(info: StoreInfo, destination: Path) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError, UnsupportedModel
-from chainfed_engine.model.header import open_regular, parse_json, pread_exactly
+from chainfed_engine.model.header import open_regular, parse_json, pread_exactly, pread_once
 from chainfed_engine.model.layout import BlockFormat, parse_block_format
 from chainfed_engine.model.shape import model_shape
 from chainfed_engine.model.store_file import TensorEntry, read_entries
@@ -89,9 +89,8 @@ def sha256_of(path: Path) -> str:
     try:
         offset, file_bytes = 0, os.fstat(descriptor).st_size
         while offset < file_bytes:
-            block = pread_exactly(descriptor, min(_HASH_BLOCK_BYTES, file_bytes - offset), offset, path)
+            block = pread_once(descriptor, min(_HASH_BLOCK_BYTES, file_bytes - offset), offset, path)
             digest.update(block)
-            os.posix_fadvise(descriptor, offset, len(block), os.POSIX_FADV_DONTNEED)
             offset += len(block)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:

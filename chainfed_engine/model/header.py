@@ -68,6 +68,16 @@ def pread_exactly(descriptor: int, num_bytes: int, offset: int, path: Path) -> b
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def pread_once(descriptor: int, num_bytes: int, offset: int, path: Path) -> bytes:
+    """The same for bytes that nobody reads again: they leave the page cache, with all before them in the file. That is
+    because the kernel keeps pages in units of up to 2 MiB, and gives back only those that a range covers whole. Reading
+    ahead is off: its pages would stay."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    raw = pread_exactly(descriptor, num_bytes, offset, path)
+    os.posix_fadvise(descriptor, 0, offset + num_bytes, os.POSIX_FADV_DONTNEED)
+    return raw
+
+
 def parse_json(raw: bytes, what: str) -> Any:
     """Strict JSON: UTF-8, no repeated keys, no NaN, bounded nesting. CorruptFile naming `what` otherwise."""
 

@@ -38,11 +38,8 @@ class PosixFile final : public ReadFile {
     if (!direct_) bytes = std::min(bytes, kBufferedRequestBytes);
     const ssize_t count = ::pread(descriptor_, out, static_cast<size_t>(bytes), static_cast<off_t>(offset));
     if (count < 0) return -static_cast<int64_t>(errno);
-    if (!direct_) {
-      const int64_t begin = round_down(offset, kReadAlignment);
-      const int64_t end = round_up(offset + count, kReadAlignment);
-      ::posix_fadvise(descriptor_, static_cast<off_t>(begin), static_cast<off_t>(end - begin), POSIX_FADV_DONTNEED);
-    }
+    // From the file's start: the kernel gives back only those of its units, up to 2 MiB, that the range covers whole.
+    if (!direct_) ::posix_fadvise(descriptor_, 0, static_cast<off_t>(offset + count), POSIX_FADV_DONTNEED);
     return count;
   }
 

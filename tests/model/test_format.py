@@ -1,6 +1,7 @@
 """The store's layout: what the safetensors library and the native reader rely on."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, InvalidArgument, StorageError, UnsupportedModel
+from chainfed_engine.memory.meter import resident_file_bytes
 from chainfed_engine.model.format import StoreInfo
-from chainfed_engine.model.header import DATA_ALIGNMENT
+from chainfed_engine.model.header import DATA_ALIGNMENT, pread_once
 from chainfed_engine.model.layout import BLOCK_FORMATS, is_quantised, matrix_layout, parse_block_format
 from chainfed_engine.model.shape import model_shape
 from chainfed_engine.model.store_file import TENSOR_ALIGNMENT, MatrixSpec, layout_file, read_entries
@@ -147,3 +149,23 @@ def test_metadata_of_a_file_names_formats_and_sizes(store: Path) -> None:
         assert np.all(file.get_tensor("input_layernorm.weight") == 1.0)
     assert metadata["mlp.down_proj.weight"] == ["int4", 64, 96]
     assert (codes.dtype, codes.shape) == (np.uint8, (8, 3, 128))
+
+
+def test_what_is_read_once_leaves_the_page_cache(tmp_path: Path) -> None:
+    path, block = tmp_path / "file", (1 << 20) + 36
+    content = np.random.default_rng(0).bytes(12 * block)
+    with open(path, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_file_bytes([path]) != 0:
+        pytest.skip("this file system keeps pages that nobody needs")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for index in range(11):
+            begin = index * block + 12
+            assert pread_once(descriptor, block, begin, path) == content[begin : begin + block]
+        resident = resident_file_bytes([path])
+        assert resident is not None and resident <= 2 << 20  # the unit that the next block would begin in
+    finally:
+        os.close(descriptor)

@@ -28,7 +28,7 @@ from chainfed_engine.model.convert.source import (
     check_finite,
 )
 from chainfed_engine.model.convert.tokenizer import write_from_gguf
-from chainfed_engine.model.header import open_regular, pread_exactly
+from chainfed_engine.model.header import open_regular, pread_exactly, pread_once
 from chainfed_engine.model.layout import BlockFormat
 
 _LOSSLESS = {("Q4_1", "int4"), ("Q8_0", "int8")}
@@ -90,8 +90,7 @@ class GgufTensor(SourceTensor):
 
     def _read(self, begin: int, end: int) -> NDArray[np.uint8]:
         offset, num_bytes = self._info.offset + begin * self._info.row_bytes, (end - begin) * self._info.row_bytes
-        raw = pread_exactly(self._descriptor, num_bytes, offset, self._path)
-        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        raw = pread_once(self._descriptor, num_bytes, offset, self._path)
         return np.frombuffer(raw, np.uint8).reshape(end - begin, self._info.row_bytes)
 
 

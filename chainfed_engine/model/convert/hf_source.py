@@ -12,7 +12,7 @@ import numpy as np
 from chainfed_engine.errors import CorruptFile, StorageError, UnsupportedModel
 from chainfed_engine.model.convert.source import F32Array, Source, SourceTensor, bf16_to_f32
 from chainfed_engine.model.convert.tokenizer import write_from_folder
-from chainfed_engine.model.header import RawTensor, open_regular, parse_json, pread_exactly, read_header
+from chainfed_engine.model.header import RawTensor, open_regular, parse_json, pread_exactly, pread_once, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -55,8 +55,7 @@ class SafetensorsTensor(SourceTensor):
         dtype = _DTYPES[self._raw.dtype]
         row_bytes = self.num_cols * dtype.itemsize
         offset, num_bytes = self._raw.offset + begin * row_bytes, (end - begin) * row_bytes
-        raw = np.frombuffer(pread_exactly(self._descriptor, num_bytes, offset, self._path), dtype)
-        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        raw = np.frombuffer(pread_once(self._descriptor, num_bytes, offset, self._path), dtype)
         rows = bf16_to_f32(raw) if dtype.kind == "u" else raw.astype(np.float32)
         return rows.reshape(end - begin, self.num_cols)
 

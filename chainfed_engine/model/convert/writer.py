@@ -1,6 +1,7 @@
 """One file of a store, written block by block: to a sibling, hashed, fsynced, renamed.
 
-Enters: a `FilePlan`. Leaves: the finished file and its record for store.json. Memory: one block of rows of one tensor.
+Enters: a `FilePlan`. Leaves: the finished file and its record for store.json. Memory: one block of rows of one tensor,
+and 32 MiB of the file in the page cache.
 """
 
 import errno
@@ -23,6 +24,7 @@ from chainfed_engine.model.store_file import FileLayout, TensorEntry, layout_fil
 
 Progress = Callable[[str, int, int], None]  # file being written, bytes done, bytes in all
 TEMPORARY_SUFFIX = ".tmp"
+_UNSYNCED_BYTES = 32 << 20  # an embedding is half a gigabyte: its pages must not wait for the end of the file
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,19 @@ def write_store_file(folder: Path, plan: FilePlan, advance: Callable[[int], None
         try:
             os.truncate(descriptor, layout.file_bytes)  # the gaps between tensors read as zeros
             _pwrite_all(descriptor, memoryview(layout.header), 0)
+            written = 0
+
+            def count(num_bytes: int) -> None:
+                nonlocal written
+                written += num_bytes
+                if written >= _UNSYNCED_BYTES:
+                    os.fdatasync(descriptor)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    written = 0
+                advance(num_bytes)
+
             for tensor, entry in zip(plan.tensors, layout.entries, strict=True):
-                _write_tensor(descriptor, tensor, entry, advance)
+                _write_tensor(descriptor, tensor, entry, count)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
