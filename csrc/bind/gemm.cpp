@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "bind/activation.h"
 #include "bind/array.h"
 #include "bind/cuda.h"
 #include "bind/functions.h"
@@ -16,12 +17,6 @@ namespace chainfed::bind {
 namespace {
 
 using WorkspaceBytes = int64_t (*)(BlockFormat, int64_t, int64_t, int64_t);
-
-Activation parse_activation(const Arguments& args, const std::string& name) {
-  if (name == "int8") return Activation::int8;
-  if (name == "f32") return Activation::f32;
-  args.fail("activation must be int8 or f32, got " + name);
-}
 
 int64_t workspace_bytes(const char* function, cuda::Direction direction, int place, BlockFormat format,
                         int64_t num_tokens, int64_t num_rows, int64_t num_cols) {

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "bind/activation.h"
 #include "bind/array.h"
 #include "bind/cuda.h"
 #include "bind/functions.h"
@@ -15,12 +16,6 @@
 
 namespace chainfed::bind {
 namespace {
-
-Activation parse_activation(const Arguments& args, const std::string& name) {
-  if (name == "int8") return Activation::int8;
-  if (name == "f32") return Activation::f32;
-  args.fail("activation must be int8 or f32, got " + name);
-}
 
 // grad and target_row come together: one is the sum over the vocabulary, the other the target's own row.
 void require_both_or_none(const Arguments& args, const Array& grad, const Array& target_row) {

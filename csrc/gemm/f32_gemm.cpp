@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/fetch_rows.h"
 #include "base/simd_level.h"
 #include "base/thread_pool.h"
 #include "base/workspace.h"
@@ -70,6 +71,7 @@ void multiply_rows(const Product& product, const float* packed, const float* pan
     const int64_t rows = std::min(kernels.micro_rows, end - row);
     float* target = c + row * product.num_cols + col;
     if (width == kernels.micro_cols) {
+      fetch_rows(target, product.num_cols, rows, width);
       kernels.multiply(packed + row * depth, panel, depth, rows, start, target, product.num_cols);
       continue;
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/fetch_rows.h"
 #include "base/simd_level.h"
 #include "base/thread_pool.h"
 #include "base/workspace.h"
@@ -50,7 +51,10 @@ void multiply_group(const Chunk& chunk, const WeightBlock& weights, int64_t pane
   if (first_tile + num_tiles < chunk.num_tiles) return multiply(sums, panel_rows);
   const int64_t num_rows = chunk.w.num_rows, row = panel * panel_rows, width = std::min(panel_rows, num_rows - row);
   float* out = chunk.out + token * num_rows + row;
-  if (width == panel_rows) return multiply(out, num_rows);
+  if (width == panel_rows) {
+    fetch_rows(out, num_rows, tokens, panel_rows);
+    return multiply(out, num_rows);
+  }
   alignas(64) float edge[kMaxGroupTokens * kWidePanelRows];
   multiply(edge, panel_rows);
   for (int64_t t = 0; t < tokens; ++t) std::memcpy(out + t * num_rows, edge + t * panel_rows, width * sizeof(float));
