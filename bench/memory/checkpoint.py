@@ -8,6 +8,7 @@ For trials of conversion. Rows are drawn and written a block at a time: no tenso
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main() -> int:
 
 
 def write_checkpoint(shape: str, folder: Path, shard_bytes: int) -> None:
-    """`folder` must not exist. shard_bytes: what a shard holds at most, single tensors above it excepted."""
+    """`folder` must not exist, and does only once it is whole. shard_bytes: what a shard holds at most, single tensors
+    above it excepted."""
     config = dict(SHAPES[shape])
     sizes = model_shape(config)
     config |= special_token_ids(sizes.architecture)
@@ -44,6 +46,8 @@ def write_checkpoint(shape: str, folder: Path, shard_bytes: int) -> None:
         tensors = {f"model.{name}": size for name, size in tensors.items()}
         if not config["tie_word_embeddings"]:
             tensors["lm_head.weight"] = (sizes.vocab_size, sizes.hidden_size)
+    whole, folder = folder, folder.with_name(folder.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}, indent=2))
     write_byte_tokenizer(sizes.architecture, sizes.max_positions, folder)
@@ -54,6 +58,7 @@ def write_checkpoint(shape: str, folder: Path, shard_bytes: int) -> None:
         write_shard(folder / file, {name: tensors[name] for name in names}, seed=index)
         weight_map |= dict.fromkeys(names, file)
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    folder.rename(whole)
 
 
 def split_into_shards(tensors: dict[str, tuple[int, ...]], shard_bytes: int) -> list[list[str]]:

@@ -70,15 +70,19 @@ def _text_rows(
 
 def _not_utf8(path: Path, opener: Callable[..., Any]) -> str:
     """The message for a file that does not decode, with the line: text is decoded in pieces, ahead of the lines."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with opener(path, "rb") as stream:
-        for number, text in enumerate(stream, start=1):
-            if number == 1 and text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        while piece := stream.read(_PIECE_CHARS):
+            if line == 1 and piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 return f"{path}: UTF-16 text; save it as UTF-8"
             try:
-                text.decode("utf-8")
+                decoder.decode(piece)
             except UnicodeDecodeError as error:
-                return f"{path}, line {number}: not UTF-8 text (byte 0x{text[error.start]:02x}); save it as UTF-8"
-    return f"{path}: not UTF-8 text; save it as UTF-8"
+                line += error.object.count(b"\n", 0, error.start)
+                byte = error.object[error.start]
+                return f"{path}, line {line}: not UTF-8 text (byte 0x{byte:02x}); save it as UTF-8"
+            line += piece.count(b"\n")
+    return f"{path}, line {line}: ends in the middle of a UTF-8 character; the file was cut off: copy it again"
 
 
 def _tsv_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
@@ -129,10 +133,11 @@ def looks_otherwise_separated(names: Sequence[str]) -> bool:
 
 def _json_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
     """An object a line, or one list of objects."""
+    seen = False
     for line, text in enumerate(stream, start=1):
         if not text.strip():
             continue
-        if line == 1 and text.lstrip().startswith("["):
+        if not seen and text.lstrip().startswith("["):
             stream.seek(0)
             yield from _list_rows(path, stream)
             return
@@ -140,6 +145,7 @@ def _json_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {line}: not JSON: {error}; {_JSON_REMEDY}") from error
+        seen = True
         yield line, row
 
 
@@ -152,6 +158,9 @@ def _list_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
         row_at = _end_of_blanks(text, mark_at + 1)
         mark = text[mark_at : mark_at + 1]
         if (mark + text[row_at : row_at + 1] if expected == "[" else mark) in ("[]", "]"):
+            end = row_at + 1 if expected == "[" else mark_at + 1
+            line += text.count("\n", at, end)
+            _check_nothing_follows(path, line, text[end:], stream)
             return
         try:
             if mark and mark != expected:
@@ -161,13 +170,27 @@ def _list_rows(path: Path, stream: IO[str]) -> Iterator[Row]:
             more = stream.read(piece) if len(text) - at < _MAX_CELL_CHARS else ""
             if not more:
                 line += text.count("\n", at, row_at)
-                raise DataError(f"{path}, line {line}: not JSON: {str(error).split(':')[0]}; {_JSON_REMEDY}") from error
+                raise DataError(f"{path}, line {line}: not JSON: {_reason(error)}; {_JSON_REMEDY}") from error
             text, at, piece = text[at:] + more, 0, 2 * piece
             continue
         line += text.count("\n", at, row_at)
         yield line, row
         line += text.count("\n", row_at, end)
         at, piece, expected = end, _PIECE_CHARS, ","
+
+
+def _reason(error: Exception) -> str:
+    """Without the decoder's position, which is that in a piece."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _check_nothing_follows(path: Path, line: int, text: str, stream: IO[str]) -> None:
+    while text:
+        if rest := text.lstrip():
+            line += text.count("\n", 0, len(text) - len(rest))
+            raise DataError(f"{path}, line {line}: expected the end of the file after the list's ']', got {rest[0]!r}")
+        line += text.count("\n")
+        text = stream.read(_PIECE_CHARS)
 
 
 def _end_of_blanks(text: str, at: int) -> int:

@@ -32,7 +32,6 @@ from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.server import Server
 
 OUTCOME_FILE = "outcome.json"
-_MAX_OUTCOME_CHARS = 500
 _END_SECONDS = 15.0  # that sites get to hear of a run's end; those that do not only see the server go
 
 
@@ -156,7 +155,7 @@ def _set_up(
 
 def _say_end(transport: FlowerTransport, sites: Sequence[str], outcome: str, seconds: float) -> None:
     """Tell everybody who is there that the run is over, so that a server that goes now does not look lost."""
-    message = pack({"message": "end", "outcome": " ".join(outcome.split())[:_MAX_OUTCOME_CHARS]}, {})
+    message = pack({"message": "end", "outcome": " ".join(outcome.split())}, {})
     for _ in transport.ask(dict.fromkeys(sites, message), Patience(deadline_seconds=seconds).start(len(sites))):
         pass
 

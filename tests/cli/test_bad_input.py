@@ -12,17 +12,8 @@ from safetensors.numpy import save_file
 
 from chainfed_engine.cli.main import main
 from chainfed_engine.model.synth import synth
+from tests.small_bert import SMALL_BERT
 
-SHAPE = {
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
 CONFIG = """
 [model]
 store = "store"
@@ -48,7 +39,7 @@ LAYER = "layer-0001.safetensors"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store, data, configuration, and the run `out` made from them."""
     folder = tmp_path_factory.mktemp("finished")
-    synth(SHAPE, folder / "store", "int4")
+    synth(SMALL_BERT, folder / "store", "int4")
     for name, text in (("run.toml", CONFIG), ("train.csv", TRAIN), ("eval.csv", EVAL)):
         (folder / name).write_text(text)
     assert main(["run", str(folder / "run.toml"), "--out", str(folder / "out")]) == 0
@@ -136,7 +127,7 @@ def test_a_checkpoint_that_is_quantised_already_or_an_adapter_alone(
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     config = checkpoint / "config.json"
-    config.write_text(json.dumps({**SHAPE, "quantization_config": {"quant_method": "awq", "bits": 4}}))
+    config.write_text(json.dumps({**SMALL_BERT, "quantization_config": {"quant_method": "awq", "bits": 4}}))
     save_file({"qweight": np.zeros((4, 4), np.int32)}, checkpoint / "model.safetensors")
     line = refused(capsys, folder, "convert", "checkpoint", "converted")
     assert "config.json: the weights are quantised already (quantization_config: 'awq'); convert the original" in line
@@ -228,7 +219,7 @@ def test_data_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_an_output_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "shape.json").write_text(json.dumps(SHAPE))
+    (folder / "shape.json").write_text(json.dumps(SMALL_BERT))
     assert "train.csv/run: cannot" in refused(capsys, folder, "run", "run.toml", "--out", "train.csv/run")
     assert "train.csv/new" in refused(capsys, folder, "synth", "--shape", "shape.json", "train.csv/new")
     assert "store: exists" in refused(capsys, folder, "synth", "--shape", "shape.json", "store", "--format", "nf4")
@@ -261,7 +252,7 @@ def test_a_run_is_not_taken_up_as_another(
 
 @pytest.mark.filterwarnings("always:.*no tokenizer")
 def test_a_warning_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {key: value for key, value in SHAPE.items() if key != "architectures"}
+    sizes = {key: value for key, value in SMALL_BERT.items() if key != "architectures"}
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder / "checkpoint")
     capsys.readouterr()
     assert main(["convert", "checkpoint", "converted"]) == 0

@@ -12,17 +12,8 @@ import pytest
 
 from chainfed_engine.cli.main import main
 from chainfed_engine.model.synth import synth
+from tests.small_bert import SMALL_BERT
 
-SHAPE = {
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
 CONFIG = """
 [model]
 store = "store"
@@ -46,7 +37,7 @@ sequence_length = 16
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    synth(SHAPE, tmp_path / "store", "int4")
+    synth(SMALL_BERT, tmp_path / "store", "int4")
     rows = [f"{'good' if row % 3 else 'bad'} film number {row},{row % 2}" for row in range(120)]
     (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
     (tmp_path / "run.toml").write_text(CONFIG)

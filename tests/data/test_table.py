@@ -108,6 +108,14 @@ def test_parquet_reads_the_same_rows(tmp_path: Path) -> None:
         ("a.json", '[{"text": 1}\n{"text": 2}]', r"line 2: not JSON: expected ',' or the end of the list, got '{'"),
         ("a.json", '[{"text": 1}, {"text": 2}', r"line 1: not JSON"),
         ("a.json", '{\n"text": 1\n}', r"line 1: not JSON: .*; write one object a line"),
+        (
+            "a.json",
+            '[{"text": 1}]\n\n  {"text": 2}',
+            r"line 3: expected the end of the file after the list's ']', got '{'",
+        ),
+        ("a.json", "[]\n]", r"line 2: expected the end of the file"),
+        ("a.json", '[{"text": 1}:', r"expected ',' or the end of the list, got ':'"),
+        ("a.csv", "text,label\nx,ä".encode()[:-1], r"line 2: ends in the middle of a UTF-8 character"),
         ("a.xlsx", "", "unknown kind of data file; expected .csv"),
         ("a", "", "unknown kind"),
     ],
@@ -126,6 +134,7 @@ def test_a_json_list_is_read_in_pieces(tmp_path: Path, indent: int | None, monke
     table = read_table(path)
     assert table.columns == {name: [row[name] for row in rows] for name in ("text", "more")}
     assert table.line_numbers.tolist() == [1 if indent is None else 2 + 9 * number for number in range(9)]
+    assert read_table(write(tmp_path / "c.json", "\n\n" + path.read_text() + "\n \n")).columns == table.columns
     lines = write(tmp_path / "b.json", "\n".join(map(json.dumps, rows)))
     assert read_table(lines).columns == table.columns
 

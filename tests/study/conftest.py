@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 
 from chainfed_engine.model.synth import synth
+from tests.small_bert import SMALL_BERT
 
-SHAPE = {
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
 STUDY = """
 [study]
 methods = ["chain", "everything at once"]
@@ -83,4 +74,4 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synth(SHAPE, tmp_path_factory.mktemp("study") / "store", "int4")
+    return synth(SMALL_BERT, tmp_path_factory.mktemp("study") / "store", "int4")
