@@ -185,12 +185,14 @@ def _reason(error: Exception) -> str:
 
 
 def _check_nothing_follows(path: Path, line: int, text: str, stream: IO[str]) -> None:
-    while text:
+    while True:
         if rest := text.lstrip():
             line += text.count("\n", 0, len(text) - len(rest))
             raise DataError(f"{path}, line {line}: expected the end of the file after the list's ']', got {rest[0]!r}")
         line += text.count("\n")
         text = stream.read(_PIECE_CHARS)
+        if not text:
+            return
 
 
 def _end_of_blanks(text: str, at: int) -> int:

@@ -71,9 +71,7 @@ def hold_out(labels: Sequence[str] | None, num_rows: int, share: float, seed: in
     counts = np.array([int(share * len(rows)) for rows in groups])
     fractions = np.array([share * len(rows) for rows in groups]) - counts
     fractions[[len(rows) <= count + 1 for rows, count in zip(groups, counts, strict=True)]] = -1.0
-    missing = max(
-        0, int(share * num_rows) - int(counts.sum())
-    )  # rounding may bring the labels' share above that of all
+    missing = max(0, int(share * num_rows) - int(counts.sum()))  # a hair's rounding must not make it negative
     largest = np.argsort(-fractions, kind="stable")[:missing]
     counts[largest[fractions[largest] > 0]] += 1
     held = np.sort(np.concatenate([rows[:count] for rows, count in zip(shuffled, counts, strict=True)])).astype(

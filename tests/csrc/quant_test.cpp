@@ -1,4 +1,5 @@
 // Formats: layout, quantising, decoding, taking over GGUF blocks.
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -7,6 +8,7 @@
 #include "chainfed/error.h"
 #include "check.h"
 #include "matrices.h"
+#include "quant/lanes-inl.h"
 
 using namespace testing;
 
@@ -90,6 +92,22 @@ double squared_error(const Quantised& matrix, const std::vector<float>& weight) 
   double sum = 0.0;
   for (size_t i = 0; i < weight.size(); ++i) sum += (values[i] - weight[i]) * (values[i] - weight[i]);
   return sum / static_cast<double>(weight.size());
+}
+
+TEST(the_search_rounds_scales_as_f16_stores_them) {
+  // All exponents and signs, mantissas around each place where a rounding turns.
+  for (uint64_t high = 0; high < (1 << 16); ++high) {
+    for (const uint32_t low : {0x0000u, 0x0001u, 0x0FFFu, 0x1000u, 0x1001u, 0x7FFFu, 0x8000u, 0xFFFFu}) {
+      const auto bits = static_cast<uint32_t>(high << 16 | low);
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      if (value != value) continue;
+      Lanes rounded = {value, value, value, value, value, value, value, value};
+      round_to_f16(rounded);
+      const float expected = f16_to_float(float_to_f16(value));
+      CHECK(rounded[0] == expected && std::signbit(rounded[7]) == std::signbit(expected));
+    }
+  }
 }
 
 TEST(int4_search_beats_the_plain_range) {

@@ -134,6 +134,8 @@ def test_a_json_list_is_read_in_pieces(tmp_path: Path, indent: int | None, monke
     table = read_table(path)
     assert table.columns == {name: [row[name] for row in rows] for name in ("text", "more")}
     assert table.line_numbers.tolist() == [1 if indent is None else 2 + 9 * number for number in range(9)]
+    with pytest.raises(DataError, match="end of the file after the list"):  # wherever a piece ends
+        read_table(write(tmp_path / "d.json", path.read_text() + "   x"))
     assert read_table(write(tmp_path / "c.json", "\n\n" + path.read_text() + "\n \n")).columns == table.columns
     lines = write(tmp_path / "b.json", "\n".join(map(json.dumps, rows)))
     assert read_table(lines).columns == table.columns
