@@ -49,7 +49,12 @@ def cut_off(ending: signal.Signals, *, rounds: int, resume: bool) -> tuple[int, 
     command = [sys.executable, "-m", "chainfed_engine", "run", "run.toml", "--out", "cut"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
-        [*command, "--resume"] if resume else command, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--resume"] if resume else command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Whoever started the tests in the background may have had Ctrl-C ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
