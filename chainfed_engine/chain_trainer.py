@@ -30,7 +30,7 @@ from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds
+from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds, num_window_layers
 from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
@@ -86,8 +86,8 @@ class ChainTrainer:
         scores = self._trainer.profile(self._calibration, self._arrays)["cka"]
         start = self.config.start_layer
         if start is None:
-            start = choose_start_layer(scores, threshold=self.config.threshold, window=self.config.window)
-            start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self.config.window))
+            start = choose_start_layer(scores, threshold=self.config.threshold, window=self._window_layers)
+            start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self._window_layers))
         self._schedule = self._make_schedule(start)
         found = {"cka": [float(score) for score in scores], "start_layer": start}
         self._notify("profile", **found)
@@ -230,12 +230,16 @@ class ChainTrainer:
         fitted = self._is_fitted and stand_in.is_linear_readout(self.model.shape.architecture, self._arrays)
         return fitted and self.config.train_classifier in choices and self.config.foresight_every == 0
 
+    @property
+    def _window_layers(self) -> int:
+        return num_window_layers(self.config.window, self.model.num_layers, self._trainer.task)
+
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config
         probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
         refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
-        layers = self.model.num_layers
-        return Schedule(config.schedule, layers, config.window, start_layer, config.rounds, probe_rounds, refit_rounds)
+        layers, window = self.model.num_layers, self._window_layers
+        return Schedule(config.schedule, layers, window, start_layer, config.rounds, probe_rounds, refit_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:

@@ -52,7 +52,9 @@ class ChainConfig:
 
     pooling: Literal["auto", "mean", "first", "last"] = _in("model", "auto")
 
-    window: int = _in("chain", 2, low=1, high=1024)
+    # layers trained at once; None: two thirds of them where there is a classifier, fewer where the budget holds fewer
+    # without slowing steps down, and then the window slides; 2 for causal LMs
+    window: int | None = _in("chain", None, low=1, high=1024, none="auto")
     auxiliary_weight: float = _in("chain", 0.2, high=100)
     # 0-based; None: from `threshold` by CKA, for causal LMs no lower than one window below the topmost
     start_layer: int | None = _in("chain", None, high=1023, none="auto")

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 METHODS = {
     "none": "no training",
     "linear-probe": "linear probing",
-    "chain": "chain (window of 2 layers)",
+    "chain": "chain",
     "full-adapters": "full adapters, end to end",
 }
 PROBE_LR = 0.05  # the classifier alone learns at ten times the adapters' rate

@@ -89,7 +89,7 @@ def _run(
         evaluation = encode(config, held_out, tokenizer, labels or None)
     plan = plan_run(config, {}, evaluation)
     chain = plan.recorded_in(config.chain)
-    ready = _set_up(transport, sites, setup_record(config.chain, labels), meet_seconds)
+    ready = _set_up(transport, sites, setup_record(replace(config.chain, window=chain.window), labels), meet_seconds)
     trainer = open_trainer(Path(config.store), chain, plan, config.data.task, num_labels=len(labels))
     try:
         server = Server(

@@ -28,6 +28,7 @@ from chainfed_engine.federation.messages import reply_record, task_from
 from chainfed_engine.federation.session import open_trainer, running_out
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
+from chainfed_engine.schedule import num_window_layers
 from chainfed_engine.types import Arrays
 
 # What the site alone decides; everything else is the run's.
@@ -164,7 +165,8 @@ class Site:
 
 def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | None]:
     """The plan within the site's budget, and its window where that is smaller than the run's."""
-    wanted = config.chain.window
+    num_layers = StoreInfo.read(config.store).num_layers
+    wanted = num_window_layers(config.chain.window, num_layers, config.data.task)
     for window in range(wanted, 0, -1):
         chain = replace(config.chain, window=window)
         try:

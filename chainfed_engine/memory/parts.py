@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from chainfed_engine import classifier_fit, least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
+from chainfed_engine.schedule import num_window_layers
 from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import ModelShape, TaskKind
 
@@ -46,8 +47,10 @@ class StoreSizes:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the planner may decide. `num_slots` None: every file stays resident."""
+    """What the planner may decide. `window`: layers that the chain trains at once; `num_slots` None: every file stays
+    resident."""
 
+    window: int
     num_slots: int | None
     micro_batch: int
     recompute: bool
@@ -99,20 +102,22 @@ class Request:
 
     @property
     def window_layers(self) -> int:
-        return window_layers(self.config, self.shape.num_layers)
+        """That a step runs with an adapter each."""
+        config, num_layers = self.config, self.shape.num_layers
+        if config.method == "fedra":
+            return min(config.random_layers or -(-num_layers // 2), num_layers)
+        if config.method in END_TO_END:
+            return num_layers
+        return 0 if config.method in ("linear-probe", "none") else min(self.window, num_layers)
+
+    @property
+    def window(self) -> int:
+        """Of the chain."""
+        return num_window_layers(self.config.window, self.shape.num_layers, self.task)
 
 
 def is_decoder(shape: ModelShape) -> bool:
     return shape.architecture not in ("bert", "roberta", "distilbert")
-
-
-def window_layers(config: ChainConfig, num_layers: int) -> int:
-    """Layers that a step runs with an adapter each."""
-    if config.method == "fedra":
-        return min(config.random_layers or -(-num_layers // 2), num_layers)
-    if config.method in END_TO_END:
-        return num_layers
-    return 0 if config.method in ("linear-probe", "none") else min(config.window, num_layers)
 
 
 def saved_floats(shape: ModelShape) -> int:
@@ -327,8 +332,8 @@ def _stand_in_depths(request: Request) -> int:
         return 0
     start = config.start_layer
     if start is None:
-        start = lowest_start_layer(request.task, shape.num_layers, config.window)
-    return max(0, shape.num_layers - start - config.window)
+        start = lowest_start_layer(request.task, shape.num_layers, request.window)
+    return max(0, shape.num_layers - start - request.window)
 
 
 def _depths_at_once(request: Request) -> int:

@@ -1,8 +1,8 @@
 """The planner: predicted peak memory part by part, before anything is allocated, and the choices that keep to a budget.
 
 The peak is the largest phase (`parts.py`) on top of what is always there. Candidates are ordered by an estimate of
-their seconds a step; the fastest that fits is taken and says why each choice is as it is. What the user fixed (window,
-batch, sequence length) is never changed.
+their seconds a step; the fastest that fits is taken and says why each choice is as it is. What the user fixed (batch,
+sequence length, a window) is never changed; a window left open is as wide as costs no speed.
 """
 
 import math
@@ -53,6 +53,7 @@ RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in 
 # Nominal rates for ordering candidates; a run's figures differ, their order seldom does.
 _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
+_SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -76,8 +77,9 @@ class Plan:
 
     def recorded_in(self, config: ChainConfig) -> ChainConfig:
         """`config` with what was "auto" as it was chosen."""
-        rows = self.choices.stand_in_rows or config.stand_in_rows
-        return replace(config, cache_format=self.choices.cache_format, stand_in_rows=rows)
+        choices = self.choices
+        rows = choices.stand_in_rows or config.stand_in_rows
+        return replace(config, window=choices.window, cache_format=choices.cache_format, stand_in_rows=rows)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -107,27 +109,63 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """The fastest choices within the budget. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
-    budget = request.config.budget_bytes
-    ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
-    plans = [predict(request, choices) for choices in ordered]
-    smallest = min(plans, key=lambda plan: plan.predicted_peak_bytes)
-    for plan in plans:
-        if budget is None or plan.predicted_peak_bytes <= budget:
-            return replace(
-                plan,
-                reasons=_reasons(request, plan, plans),
-                smallest_budget_bytes=smallest.predicted_peak_bytes,
-                advice=_advice(request),
-            )
-    assert budget is not None
+    """The choices within the budget. A window left to "auto" is the widest that slows no step down; all else is what is
+    fastest. Raises MemoryBudgetExceeded naming the smallest budget that would do."""
+    chosen, smallest = _chosen(request), smallest_plan(request)
+    if chosen is not None:
+        return replace(chosen, smallest_budget_bytes=smallest.predicted_peak_bytes, advice=_advice(request))
+    assert request.config.budget_bytes is not None
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
     savings = what_would_shrink(request)
     raise MemoryBudgetExceeded(
-        f"budget {format_size(budget)}: the smallest that would do is {smallest.predicted_peak_bytes} bytes "
-        f"({format_size(smallest.predicted_peak_bytes)}; {largest} takes {format_size(smallest.parts[largest])}); "
-        f"raise [memory] budget" + ("" if not savings else f" or shrink it: {'; '.join(savings)}")
+        f"budget {format_size(request.config.budget_bytes)}: the smallest that would do is "
+        f"{smallest.predicted_peak_bytes} bytes ({format_size(smallest.predicted_peak_bytes)}; {largest} takes "
+        f"{format_size(smallest.parts[largest])}); raise [memory] budget"
+        + ("" if not savings else f" or shrink it: {'; '.join(savings)}")
     )
+
+
+def _chosen(request: Request) -> Plan | None:
+    """The plan to run, None if none fits."""
+    if not _is_window_open(request):
+        return _fastest(request)
+    widest = request.window
+    for window in range(widest, 0, -1):
+        plan = _fastest(_with_window(request, window))
+        if plan is None or (window > _SLID_WINDOW and not _at_full_speed(request, plan.choices)):
+            continue
+        reason = (
+            "wider ones learn more; no wider than two thirds of the layers" if widest > _SLID_WINDOW else "the default"
+        )
+        if window < widest:
+            reason = f"wider ones learn more, but up to {widest} layers do not fit without slowing steps down"
+        return replace(plan, reasons={**plan.reasons, "window": reason})
+    return None
+
+
+def _is_window_open(request: Request) -> bool:
+    return request.config.window is None and request.config.method in ("chain", "top-window")
+
+
+def _with_window(request: Request, window: int) -> Request:
+    return replace(request, config=replace(request.config, window=window))
+
+
+def _at_full_speed(request: Request, choices: Choices) -> bool:
+    """Whether a step takes the batch whole, runs no layer twice and keeps the window's layers between steps."""
+    stays = choices.num_slots is None or choices.num_slots >= choices.window + _FREE_SLOTS
+    return stays and not choices.recompute and choices.micro_batch == request.config.batch_size
+
+
+def _fastest(request: Request) -> Plan | None:
+    """The fastest choices within the budget for a given window, None if none fit."""
+    budget = request.config.budget_bytes
+    ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
+    plans = [predict(request, choices) for choices in ordered]
+    for plan in plans:
+        if budget is None or plan.predicted_peak_bytes <= budget:
+            return replace(plan, reasons=_reasons(request, plan, plans))
+    return None
 
 
 def _advice(request: Request) -> str | None:
@@ -196,10 +234,11 @@ def step_seconds(request: Request, choices: Choices) -> float:
 
 
 def smallest_plan(request: Request) -> Plan:
-    """The leanest choices, whatever the budget."""
-    return min(
-        (predict(request, choices) for choices in _candidates(request)), key=lambda plan: plan.predicted_peak_bytes
-    )
+    """The leanest choices, whatever the budget; of a window left open, as narrow as that takes."""
+    narrow = (1, min(_SLID_WINDOW, request.window))
+    tried = [_with_window(request, window) for window in narrow] if _is_window_open(request) else [request]
+    plans = (predict(one, choices) for one in tried for choices in _candidates(one))
+    return min(plans, key=lambda plan: plan.predicted_peak_bytes)
 
 
 def what_would_shrink(request: Request) -> list[str]:
@@ -208,7 +247,7 @@ def what_would_shrink(request: Request) -> list[str]:
     trials: dict[str, dict[str, Any]] = {
         "[train] sequence_length": {"sequence_length": max(2, config.sequence_length // 2)},
         "[train] batch_size": {"batch_size": max(1, config.batch_size // 2)},
-        "[chain] window": {"window": max(1, config.window // 2)},
+        "[chain] window": {"window": max(1, request.window // 2)},
         "[chain] adapter_size": {"adapter_size": max(1, config.adapter_size // 2)},
         "[chain] stand_in": {"stand_in": False},
     }
@@ -237,7 +276,7 @@ def _candidates(request: Request) -> Iterator[Choices]:
             for micro_batch in micro_batches:
                 for held in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
                     for rows in stand_in_row_counts(request):
-                        yield Choices(num_slots, micro_batch, recompute, cache_format, held, rows)
+                        yield Choices(request.window, num_slots, micro_batch, recompute, cache_format, held, rows)
 
 
 def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Literal
 from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds
+from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds, num_window_layers
 from chainfed_engine.types import Stage, TaskKind, Window
 
 
@@ -30,9 +30,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.config.method == "chain":
             self._schedule(self.config.start_layer or 0)
-        elif self.config.method == "top-window" and not 1 <= self.config.window <= self.num_layers:
+        elif self.config.method == "top-window" and not 1 <= self.window <= self.num_layers:
             raise ConfigError(
-                f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.config.window}; "
+                f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.window}; "
                 "lower [chain] window"
             )
         if self.task != "classification" and self._trains_classifier_alone():
@@ -42,6 +42,11 @@ class Plan:
             )
 
     @property
+    def window(self) -> int:
+        """Layers that the chain and the top window train at once."""
+        return num_window_layers(self.config.window, self.num_layers, self.task)
+
+    @property
     def rounds(self) -> int:
         return 0 if self.config.method == "none" else self.config.rounds
 
@@ -49,7 +54,7 @@ class Plan:
         """Lowest boundary the run trains from; None while it has yet to be chosen from profiles."""
         return {
             "chain": self.config.start_layer,
-            "top-window": self.num_layers - self.config.window,
+            "top-window": self.num_layers - self.window,
         }.get(self.config.method, 0 if self.config.method in END_TO_END else self.num_layers)
 
     def stage(self, round_id: int, start_layer: int) -> Stage:
@@ -100,7 +105,7 @@ class Plan:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
         if self.config.method != "chain" or not self.config.stand_in or self.config.foresight_every == 1:
             return range(0)
-        return range(start_layer + self.config.window, self.num_layers)
+        return range(start_layer + self.window, self.num_layers)
 
     def missing_depths(self, round_id: int, start_layer: int, fitted: Collection[int], *, at_most: int) -> range:
         """Depths to fit stand-ins for before this round: that of its window, and of windows to come; empty if it is
@@ -125,7 +130,7 @@ class Plan:
         )
         refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
         return Schedule(
-            config.schedule, self.num_layers, config.window, start_layer, config.rounds, probe_rounds, refit_rounds
+            config.schedule, self.num_layers, self.window, start_layer, config.rounds, probe_rounds, refit_rounds
         )
 
     def _trains_classifier_alone(self) -> bool:

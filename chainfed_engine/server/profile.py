@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from chainfed_engine import stand_in
-from chainfed_engine.config import ChainConfig
 from chainfed_engine.server.checks import refuse_array, refuse_envelope
 from chainfed_engine.server.quarantine import MIN_COHORT
 from chainfed_engine.server.statistics import refuse_rows, refuse_size, row_size
@@ -83,8 +82,8 @@ class ProfileCollector:
             return np.empty(0)
         return np.asarray(self._weighted_scores / self.total_samples)
 
-    def start_layer(self, config: ChainConfig) -> int:
-        return choose_start_layer(self.scores, threshold=config.threshold, window=config.window)
+    def start_layer(self, threshold: float, window: int) -> int:
+        return choose_start_layer(self.scores, threshold=threshold, window=window)
 
     def stand_ins(self, *, ridge: float | None) -> Arrays:
         """The solved maps at the depths asked for; their statistics are dropped."""

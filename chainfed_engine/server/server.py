@@ -14,6 +14,7 @@ import numpy as np
 from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.schedule import num_window_layers
 from chainfed_engine.server import quarantine, saved
 from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.closed_form import ClosedForm
@@ -57,7 +58,7 @@ class Server:
     ) -> None:
         if not client_samples or min(client_samples.values()) < 1:
             raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
-        self.config = config
+        self.config = config = replace(config, window=num_window_layers(config.window, shape.num_layers, task))
         self.shape = shape
         self.task = task
         self.client_samples = dict(client_samples)
@@ -270,8 +271,8 @@ class Server:
         attempt, accepted = self._profile_attempts, bool(collector.counted)
         if accepted:
             if self._start_layer is None:
-                lowest = lowest_start_layer(self.task, self.shape.num_layers, self.config.window)
-                self._start_layer = max(lowest, collector.start_layer(self.config))
+                lowest = lowest_start_layer(self.task, self.shape.num_layers, self._plan.window)
+                self._start_layer = max(lowest, collector.start_layer(self.config.threshold, self._plan.window))
             dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
             self._holdings.forget_keys(dropped)
         self._profile_attempts += 1

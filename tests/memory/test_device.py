@@ -23,7 +23,7 @@ MIB = 1 << 20
 SHAPE = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256, 131072)
 SIZES = StoreSizes(32 * 136 * MIB, 16 * 34 * MIB, 530 * MIB, 136 * MIB, 32, 16)
 CONFIG = ChainConfig(window=2, batch_size=4, sequence_length=512, stand_in=False, adapter_size=64)
-CHOICES = Choices(num_slots=4, micro_batch=4, recompute=True, cache_format="int8", fill_bytes=16 * MIB)
+CHOICES = Choices(window=2, num_slots=4, micro_batch=4, recompute=True, cache_format="int8", fill_bytes=16 * MIB)
 
 
 def request(device: DeviceFacts | None, **changes: object) -> Request:

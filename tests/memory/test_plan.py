@@ -11,7 +11,16 @@ import torch
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
 from chainfed_engine.memory.parts import adapter_floats, fill_bytes, is_decoder
-from chainfed_engine.memory.plan import Choices, DataFacts, Request, StoreSizes, make_plan, predict, saved_floats
+from chainfed_engine.memory.plan import (
+    Choices,
+    DataFacts,
+    Plan,
+    Request,
+    StoreSizes,
+    make_plan,
+    predict,
+    saved_floats,
+)
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.model.synth import synth
@@ -81,7 +90,7 @@ def request(budget: int | None, **options: object) -> Request:
 
 def test_without_a_budget_everything_stays_resident() -> None:
     plan = make_plan(request(None))
-    assert plan.choices == Choices(None, 4, False, "int8", 4 * MIB, 1024)
+    assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024)
 
 
 def test_a_budget_below_the_model_streams_it_and_the_prediction_keeps_to_it() -> None:
@@ -100,11 +109,11 @@ def test_what_the_user_fixed_is_never_changed_and_the_refusal_names_a_budget_tha
 def test_less_is_predicted_for_less() -> None:
     wide = request(None)
     wide = replace(wide, config=replace(wide.config, stand_in=False))
-    full = predict(wide, Choices(None, 4, False, "int8", 4 * MIB)).predicted_peak_bytes
+    full = predict(wide, Choices(2, None, 4, False, "int8", 4 * MIB)).predicted_peak_bytes
     for leaner in (
-        Choices(3, 4, False, "int8", 4 * MIB),
-        Choices(None, 1, False, "int8", 4 * MIB),
-        Choices(None, 4, True, "int8", 4 * MIB),
+        Choices(2, 3, 4, False, "int8", 4 * MIB),
+        Choices(2, None, 1, False, "int8", 4 * MIB),
+        Choices(2, None, 4, True, "int8", 4 * MIB),
     ):
         assert predict(wide, leaner).predicted_peak_bytes < full
 
@@ -144,7 +153,7 @@ def test_rows_that_the_user_fixed_are_kept_and_refused_where_they_do_not_fit() -
 
 def test_hidden_states_of_a_fill_are_no_more_than_the_samples_there_are() -> None:
     few = replace(wide_request(None), facts=DataFacts(128, 127, largest_client_samples=8, evaluation_samples=4))
-    choices = Choices(2, 4, False, "int8", 64 * MIB, 1024)
+    choices = Choices(2, 2, 4, False, "int8", 64 * MIB, 1024)
     assert fill_bytes(wide_request(None), choices) - fill_bytes(few, choices) == 64 * MIB - 8 * 128 * 2048 * 4
 
 
@@ -159,3 +168,31 @@ def test_a_causal_lm_is_told_of_lora_end_to_end_where_it_fits_and_only_there() -
     assert make_plan(request(least)).advice is not None
     assert make_plan(request(least - 1)).advice is None
     assert make_plan(replace(request(None), task="classification")).advice is None
+
+
+ENCODER = ModelShape("bert", 12, 768, 3072, 12, 12, 64, 30522, 512)
+ENCODER_SIZES = StoreSizes(12 * 5 * MIB, 0, 15 * MIB, 5 * MIB, 12, 0)
+
+
+def encoder_plan(budget: int | None, **options: object) -> Plan:
+    config = ChainConfig(budget=budget, batch_size=16, sequence_length=128, **options)  # type: ignore[arg-type]
+    return make_plan(Request(ENCODER, ENCODER_SIZES, config, "classification", interpreter_bytes=240 * MIB))
+
+
+def test_a_window_left_open_is_two_thirds_of_the_layers_or_as_many_as_slow_no_step_down() -> None:
+    plenty = encoder_plan(None)
+    assert plenty.choices.window == 8
+    assert plenty.recorded_in(ChainConfig()).window == 8
+    narrower = encoder_plan(600 * MIB)
+    assert 2 < narrower.choices.window < 8
+    assert "without slowing steps down" in narrower.reasons["window"]
+    assert not narrower.choices.recompute
+    assert narrower.choices.micro_batch == 16
+
+
+def test_a_window_left_open_slides_under_a_tight_budget_and_the_refusal_names_what_its_narrowest_needs() -> None:
+    least = encoder_plan(None).smallest_budget_bytes
+    assert encoder_plan(least).choices.window <= 2
+    with pytest.raises(MemoryBudgetExceeded, match=f"smallest that would do is {least} bytes"):
+        encoder_plan(least - 1)
+    assert encoder_plan(None, window=4).choices.window == 4  # what the user fixed stays

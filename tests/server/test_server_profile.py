@@ -18,7 +18,9 @@ SCORES = np.array([0.95, 0.9, 0.7, 0.5, 0.3, 0.2])
 
 
 def _server(**fields: Any) -> Server:
-    return make_server(**{"num_layers": 6, "start_layer": None, "stand_in": True, "profile_clients": 3, **fields})
+    return make_server(
+        **{"num_layers": 6, "window": 2, "start_layer": None, "stand_in": True, "profile_clients": 3, **fields}
+    )
 
 
 def _answer(server: Server, task: Task) -> Reply:
