@@ -95,8 +95,8 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", make], check=True)  # its memory must not count
     causal = "tie_word_embeddings" in config
     streamed = options.pop("budget", None) == "smallest"
-    layers, window = config["num_hidden_layers"], options.get("window", 2)
-    base = {"window": window, "rounds": 2, "clients_per_round": 2, "start_layer": layers - window - 1, "max_local_steps": 2, **options}
+    layers, window = config["num_hidden_layers"], options.setdefault("window", 2)
+    base = {"rounds": 2, "clients_per_round": 2, "start_layer": layers - window - 1, "max_local_steps": 2, **options}
     clients = {f"client-{index}": rows(2 * options["batch_size"], causal, index) for index in range(2)}
     held_out = rows(options["batch_size"], causal, 9)
     if streamed:
