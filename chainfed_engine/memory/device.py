@@ -44,7 +44,7 @@ def parts_on_device(request: Request, choices: Choices, parts: Mapping[str, int]
     `parts`: by name, as `plan.predict` adds them up for the CPU.
     """
     assert request.device is not None
-    shape, tokens = request.shape, request.batch_tokens  # the prefix takes a batch whole
+    shape, tokens = request.shape, request.part_tokens(choices)
     widest = max(shape.hidden_size, shape.intermediate_size)
     library_from = request.device.library_from_tokens
     scratch = 2 * tokens * widest + _LIBRARY_BYTES

@@ -100,6 +100,13 @@ class Request:
     def batch_tokens(self) -> int:
         return self.config.batch_size * self.tokens
 
+    def part_samples(self, choices: Choices) -> int:
+        """Of a micro-batch: what every pass through the layers takes at a time, a step's and an evaluation's alike."""
+        return min(choices.micro_batch, self.config.batch_size)
+
+    def part_tokens(self, choices: Choices) -> int:
+        return self.part_samples(choices) * self.tokens
+
     @property
     def window_layers(self) -> int:
         """That a step runs with an adapter each."""
@@ -148,10 +155,13 @@ def adapter_floats(request: Request) -> int:
 
 
 def live_floats(shape: ModelShape) -> int:
-    """Floats a token that one layer holds at once without a graph, its input and output included."""
-    attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    inside = 6 * attention + 2 * keys
-    return 5 * shape.hidden_size + max(_expanded(shape), inside)
+    """Floats a token that one layer holds at once without a graph, its input and output included: the feed-forward
+    part's widest moment, or the attention's."""
+    width, attention, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    if is_decoder(shape):
+        rotated = 2 * attention + 2 * keys + max(2 * attention, 3 * keys)
+        return 2 * width + max(width + _expanded(shape), rotated)
+    return max(2 * width + _expanded(shape), 5 * width + shape.intermediate_size, 6 * width)
 
 
 def _expanded(shape: ModelShape) -> int:
@@ -159,49 +169,60 @@ def _expanded(shape: ModelShape) -> int:
     return (3 if is_decoder(shape) else 2) * shape.intermediate_size
 
 
+def _statistics_floats(shape: ModelShape) -> int:
+    """A bound of what norms and attention keep a row or head, and of vectors of the adapter's size in its backward."""
+    return 4 * shape.num_heads + 4
+
+
 def branches(request: Request) -> int:
     """Rows that the head sees for one target: the auxiliary branch reads it once more where later adapters act."""
     config = request.config
-    return 2 if config.auxiliary_weight and request.window_layers < request.shape.num_layers else 1
+    acts = config.auxiliary_weight and config.adapter != "lora"  # LoRA acts inside its layer, which is not run
+    return 2 if acts and request.window_layers < request.shape.num_layers else 1
 
 
 def step_bytes(request: Request, choices: Choices) -> int:
-    """One micro-batch forward and backward; the larger of two moments: the head's, the last layer's backward."""
+    """One micro-batch forward and backward; the largest of three moments: a layer that keeps nothing, the head, the
+    last layer's backward."""
     shape, config = request.shape, request.config
     width, layers = shape.hidden_size, request.window_layers
-    tokens = min(choices.micro_batch, config.batch_size) * request.tokens
-    targets = min(choices.micro_batch, config.batch_size) * request.targets
-    adapter = width + 2 * config.adapter_size
-    again = saved_floats(shape) + adapter + _expanded(shape) + width  # a layer that backward runs again
+    tokens, targets = request.part_tokens(choices), request.part_samples(choices) * request.targets
+    adapter, inside = width + 2 * config.adapter_size, config.adapter == "lora"
+    saved = saved_floats(shape) + adapter + _statistics_floats(shape)
+    again = saved + _expanded(shape) + width + _statistics_floats(shape)  # a layer that backward runs again
     if config.method in FORWARD_ONLY or not layers:
-        kept, backward = live_floats(shape), 0
+        kept = backward = 0
+        at_head = width
     elif choices.recompute:
         # Inputs of all layers; one layer is run again, and its graph stands, when its backward begins.
-        kept = (layers + 1) * width
+        kept = at_head = (layers + 1) * width
         backward = again
     else:
-        kept = (layers - 1) * saved_floats(shape) + layers * adapter
-        kept += _first_saved_floats(shape) if config.adapter == "lora" else 2 * width
-        backward = _expanded(shape) + width
+        # Below the first bottleneck nothing needs a gradient: that layer keeps nothing.
+        kept = layers * saved - (saved_floats(shape) - _first_saved_floats(shape)) if inside else (layers - 1) * saved
+        at_head = kept + width + (0 if inside else adapter)
+        backward = _expanded(shape) + (2 if is_decoder(shape) else 1) * width if kept else 0
     if config.method == "chain" and config.foresight_every and layers < shape.num_layers:
         # The inputs of the layers above the lowest window, each of which is run again in its turn.
-        kept += (shape.num_layers - layers) * width
-        backward = max(backward, again)
-    head = targets * width * (2 + 5 * branches(request)) if request.task == "causal-lm" else 0
-    workspace = HEAD_WORKSPACE_BYTES if request.task == "causal-lm" else 0
-    forward = tokens * max(0, live_floats(shape) - 2 * width)  # of the last layer, before the head's rows exist
-    return F32 * (tokens * kept + max(head, tokens * backward, forward)) + workspace
+        above = (shape.num_layers - layers) * width
+        kept, at_head, backward = kept + above, at_head + above, max(backward, again)
+    head = F32 * tokens * at_head
+    if request.task == "causal-lm":
+        later = config.adapter_size * (shape.num_layers - layers) * (branches(request) - 1)
+        head += F32 * targets * (width * (2 + 5 * branches(request)) + later) + HEAD_WORKSPACE_BYTES
+    forward = live_floats(shape) + adapter  # with the boundary, which the caller holds
+    return max(F32 * tokens * max(forward, kept + backward), head)
 
 
 def fill_bytes(request: Request, choices: Choices) -> int:
     """The prefix over the batches that are held at once; the evaluation's pass ends with a head besides."""
-    width, tokens = request.shape.hidden_size, request.batch_tokens
+    width, tokens = request.shape.hidden_size, request.part_tokens(choices)
     held, facts = max(choices.fill_bytes, F32 * tokens * width), request.facts
     if facts.largest_client_samples is not None and facts.evaluation_samples is not None:
         samples = max(facts.largest_client_samples, facts.evaluation_samples)
         held = min(held, F32 * samples * request.tokens * width)
-    layer = F32 * tokens * live_floats(request.shape)
-    head = F32 * 4 * request.config.batch_size * request.targets * width + HEAD_WORKSPACE_BYTES
+    layer = F32 * tokens * (live_floats(request.shape) + 2 * request.config.adapter_size)
+    head = F32 * 4 * request.part_samples(choices) * request.targets * width + HEAD_WORKSPACE_BYTES
     return held + max(layer, head if request.task == "causal-lm" else 0)
 
 
@@ -211,7 +232,7 @@ def profile_bytes(request: Request, choices: Choices) -> int:
     if config.method != "chain" or not (config.stand_in or config.start_layer is None):
         return 0
     width, tokens = shape.hidden_size, _profile_tokens(request)
-    total = F32 * tokens * width + F32 * request.batch_tokens * live_floats(shape)
+    total = F32 * tokens * width + F32 * request.part_tokens(choices) * live_floats(shape)
     if config.start_layer is None:
         rows = min(tokens, MAX_CKA_TOKENS)
         total += 2 * F32 * rows * width
@@ -239,21 +260,23 @@ def solve_bytes(request: Request, choices: Choices) -> int:
     # Statistics of the exchange (float32 rows, float64 once reduced), one depth's while the next reply is added.
     one = rows * columns * (F64 if of_all > columns else F32)
     reply = F32 * min(of_client, columns) * columns
-    result = F64 * (2 * rank * width + 3 * rank * rank + 3 * least_squares.BLOCK_COLUMNS * max(rows, width))
+    # Eigenvectors with LAPACK's two matrices of work, or rows seen through them; then the map of two thin factors.
+    fitting = F64 * (rank * rank + max(4 * rank * rank, 3 * rank * width))
+    making = F64 * (2 * rank * width + (width * width if 2 * rank >= width else 0))
+    making += stand_in_map_bytes(request, choices)
+    result = max(fitting, making) + F64 * 3 * least_squares.BLOCK_COLUMNS * max(rows, width)
     merging = _reducing_bytes(of_all, columns)
     merging += reply if merging else 0
-    result += stand_in_map_bytes(request, choices)
     stand_ins = _depths_at_once(request) * one + max(one + reply, merging, result)
     return max(stand_ins, _classifier_fit_bytes(request))
 
 
 def _reducing_bytes(rows: int, columns: int) -> int:
-    """Taking rows into a triangular factor: what the decomposition is given, twice copied, and the factors before and
-    after it."""
+    """Taking rows into a triangular factor: what the decomposition is given, twice copied; the factor comes after."""
     if rows <= columns:
         return 0
     given = min(rows, columns + least_squares.rows_at_once(columns))
-    return F64 * columns * (3 * given + columns)
+    return F64 * columns * 3 * given
 
 
 def _classifier_fit_bytes(request: Request) -> int:

@@ -129,7 +129,8 @@ def test_the_planned_scratch_holds_what_the_core_asks_for() -> None:
             facts = DeviceFacts(f"cuda:{index}", is_unified=index == 1, library_from_tokens=library_from)
             for batch_size, length in ((1, 8), (4, 64), (4, 256), (4, 512), (16, 512)):
                 one = request(facts, batch_size=batch_size, sequence_length=length)
-                planned = predict(one, CHOICES).parts["kernels' workspaces"]
+                choices = replace(CHOICES, micro_batch=batch_size)
+                planned = predict(one, choices).parts["kernels' workspaces"]
                 tokens = batch_size * length
                 linear = max(
                     size("int4", tokens, rows, cols, device=index)
