@@ -249,9 +249,12 @@ void quantize(const float* values, __m256 inverse, uint8_t* codes) {
 template <bool kEven>
 void write_codes(const Batch<kEven> batch, int64_t token) {
   const float* inverse = &batch.work.inverse[0][token];
+  const uint16_t* halves = &batch.work.halves[0][token];
   uint8_t* record = batch.record(token);
+  uint8_t* scales = record + batch.groups * kGroupSize;
   for (int64_t g = 0; g < batch.groups; ++g) {
     quantize(batch.group(token, g), _mm256_broadcast_ss(inverse + g * kLanes), record + g * kGroupSize);
+    std::memcpy(scales + 2 * g, halves + g * kLanes, sizeof *halves);
   }
 }
 
@@ -264,11 +267,8 @@ void clear_groups_without_codes(const Batch<kEven> batch, int64_t token) {
 }
 
 template <bool kEven>
-void write_scales_and_clear_outliers(const Batch<kEven> batch, int64_t token) {
-  const uint16_t* halves = &batch.work.halves[0][token];
+void clear_outliers(const Batch<kEven> batch, int64_t token) {
   uint8_t* record = batch.record(token);
-  uint8_t* scales = record + batch.groups * kGroupSize;
-  for (int64_t g = 0; g < batch.groups; ++g) std::memcpy(scales + 2 * g, halves + g * kLanes, sizeof *halves);
   for (const uint8_t* slot = record + batch.slots_offset; slot < record + batch.bytes; slot += kOutlierBytes) {
     const uint16_t column = slot_column(slot);
     if (column != kUnusedColumn) record[column] = 0;
@@ -287,7 +287,7 @@ void encode_batch(const Batch<kEven> batch) {
   for (int64_t t = 0; t < batch.count(); ++t) {
     write_codes(batch, t);
     if (some_without) clear_groups_without_codes(batch, t);
-    write_scales_and_clear_outliers(batch, t);
+    clear_outliers(batch, t);
   }
 }
 
