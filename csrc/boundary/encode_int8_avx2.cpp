@@ -13,7 +13,7 @@
 namespace chainfed {
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = kTokensAtOnce;
 
 // By group, then by token.
 struct Work {
@@ -81,10 +81,10 @@ __m256i pack(const __m256i v[4]) {
   return _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
 }
 
-constexpr uint8_t kPackedOrder[64] = {
-    0,  1,  2,  3,  8,  9,  10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4,  5,  6,  7,  12, 13,
-    14, 15, 20, 21, 22, 23, 28, 29, 30, 31, 32, 33, 34, 35, 40, 41, 42, 43, 48, 49, 50, 51,
-    56, 57, 58, 59, 36, 37, 38, 39, 44, 45, 46, 47, 52, 53, 54, 55, 60, 61, 62, 63};
+constexpr uint8_t kPackedOrder[64] = {0,  1,  2,  3,  8,  9,  10, 11, 16, 17, 18, 19, 24, 25, 26, 27,
+                                      4,  5,  6,  7,  12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31,
+                                      32, 33, 34, 35, 40, 41, 42, 43, 48, 49, 50, 51, 56, 57, 58, 59,
+                                      36, 37, 38, 39, 44, 45, 46, 47, 52, 53, 54, 55, 60, 61, 62, 63};
 
 __m256i in_order(__m256i packed) {
   return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -99,9 +99,8 @@ void find_maxima(const Batch<kEven> batch) {
     std::fill(std::copy(row + whole * kGroupSize, row + batch.hidden_size, tail), tail + kGroupSize, 0.0f);
   }
   for (int64_t g = 0; g < batch.groups; ++g) {
-    store(batch.work.max_bits[g], max_of_each([&](int t) {
-            return t < count ? max_of_group(batch.group(t, g)) : _mm256_setzero_si256();
-          }));
+    store(batch.work.max_bits[g],
+          max_of_each([&](int t) { return t < count ? max_of_group(batch.group(t, g)) : _mm256_setzero_si256(); }));
   }
 }
 
