@@ -1,5 +1,6 @@
-// Encoding and decoding of whole blocks of tokens: sizes, the choice of the row functions, the threads. A token is
-// one unit of work; a thread takes a contiguous run of them.
+// Encoding and decoding of whole blocks of tokens: sizes, the choice of the row functions, the threads. The unit of
+// work is what an encoder takes at once, or one token to decode; a thread takes a contiguous run of them.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -19,6 +20,13 @@ void copy_in(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t
 }
 void copy_out(const uint8_t* record, int64_t hidden_size, float* row) {
   std::memcpy(row, record, static_cast<size_t>(hidden_size) * sizeof(float));
+}
+
+// body(begin, end) over tokens, in runs that are whole units but for the last.
+template <typename Body>
+void parallel_tokens(int64_t num_tokens, int64_t unit, Body body) {
+  parallel_ranges((num_tokens + unit - 1) / unit,
+                  [&](int64_t begin, int64_t end, int) { body(begin * unit, std::min(end * unit, num_tokens)); });
 }
 
 constexpr SimdTable<EncodeRows> kEncodeInt8 = CHAINFED_LEVELS(
@@ -74,7 +82,7 @@ void boundary_encode(const float* hidden, int64_t num_tokens, int64_t hidden_siz
   const int64_t bytes = record_bytes(format, hidden_size);
   const EncodeRows encode = row_encoder(format);
   if (adapter == nullptr) {
-    parallel_ranges(num_tokens, [&](int64_t begin, int64_t end, int) {
+    parallel_tokens(num_tokens, kTokensAtOnce, [&](int64_t begin, int64_t end) {
       encode(hidden + begin * hidden_size, end - begin, hidden_size, records + begin * bytes);
     });
     return;
@@ -85,7 +93,7 @@ void boundary_encode(const float* hidden, int64_t num_tokens, int64_t hidden_siz
                           std::to_string(hidden_size) + " and width " + std::to_string(adapter->width));
   }
   const ApplyAdapter apply = select(kApplyAdapter);
-  parallel_ranges(num_tokens, [&](int64_t begin, int64_t end, int) {
+  parallel_tokens(num_tokens, kAdapterTokens, [&](int64_t begin, int64_t end) {
     adapt_and_encode_range(hidden, begin, end, hidden_size, *adapter, apply, encode, bytes, records);
   });
 }

@@ -4,6 +4,9 @@
 
 namespace chainfed {
 
+// Of an encoder at most; a call for fewer leaves some of its lanes empty.
+constexpr int64_t kTokensAtOnce = 8;
+
 using EncodeRows = void (*)(const float* rows /*[T,D]*/, int64_t num_tokens, int64_t hidden_size,
                             uint8_t* records /*[T,record_bytes]*/);
 using DecodeRow = void (*)(const uint8_t* record, int64_t hidden_size, float* row /*[D]*/);

@@ -26,7 +26,7 @@ namespace chainfed {
 namespace {
 
 constexpr int64_t kGroupPadding = 16;  // group arrays are padded with zeros to a multiple
-constexpr int64_t kTokensAtOnce = 4;
+constexpr int64_t kTokensInTurn = 4;
 
 struct Taken {
   uint64_t equal;
@@ -113,12 +113,12 @@ void write_record(int64_t hidden_size, int64_t padded_groups, TokenState& token,
 
 template <typename Simd>
 void encode_int8_rows(const float* rows, int64_t num_tokens, int64_t hidden_size, uint8_t* records) {
-  TokenState tokens[kTokensAtOnce];
+  TokenState tokens[kTokensInTurn];
   const int64_t padded_groups = (num_groups(hidden_size) + kGroupPadding - 1) / kGroupPadding * kGroupPadding;
   const int64_t slots = num_outliers(hidden_size), bytes = int8_record_bytes(hidden_size);
   for (TokenState& token : tokens) clear(hidden_size, padded_groups, token);
-  for (int64_t first = 0; first < num_tokens; first += kTokensAtOnce) {
-    const int64_t count = std::min(kTokensAtOnce, num_tokens - first);
+  for (int64_t first = 0; first < num_tokens; first += kTokensInTurn) {
+    const int64_t count = std::min(kTokensInTurn, num_tokens - first);
     for (int64_t t = 0; t < count; ++t) {
       load_row<Simd>(rows + (first + t) * hidden_size, hidden_size, tokens[t]);
     }
