@@ -191,7 +191,7 @@ test-lowest: build  ## the Python tests with the oldest dependencies
 	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools cmake ninja pybind11
 	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints-lowest.txt transformers safetensors tokenizers numpy \
 	  rich jinja2 pytest pytest-timeout pytest-xdist hypothesis pandas
-	build/lowest-venv/bin/python -m pytest -q --timeout 600 --numprocesses $(JOBS) --ignore tests/rules
+	PYTHONPATH=$(CURDIR) build/lowest-venv/bin/python -m pytest -q --timeout 600 --numprocesses $(JOBS) --ignore tests/rules
 
 docs: build  ## the site in docs/_build/html, without a network
 	$(INSTALL) sphinx furo myst-parser

@@ -1,14 +1,13 @@
-"""A start-up that takes more than the run will, as importing PyTorch's CUDA build does, is in the plan, and a budget below
-it is refused: the measured peak is the process's, whatever took it."""
+"""A start-up that takes more than the run will, as importing PyTorch's CUDA build does, is in the plan, and a budget
+below it is refused: the measured peak is the process's, whatever took it."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.memory.test_faults import CONFIG, SHAPE
-
 from chainfed_engine.model.synth import synth
+from tests.memory.test_faults import CONFIG, SHAPE
 
 MIB = 1 << 20
 
