@@ -19,7 +19,6 @@ from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 
 LABELS_FILE = "labels.json"
-_MANY_LABELS = 20  # from where on more labels than half of the rows are taken for a wrong column
 _DAMAGED_LABELS = "the file is damaged: delete it, and take the run up with --resume, which writes it again"
 
 
@@ -64,16 +63,9 @@ def encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: Sequen
             table, tokenizer, prompt=config.data.prompt, response=config.data.response, max_length=length
         )
     assert config.data.label is not None
-    encoded = data.encode_classification(
+    return data.encode_classification(
         table, tokenizer, text=config.data.text, label=config.data.label, labels=labels, max_length=length
     )
-    if labels is None and len(encoded.label_names) > max(_MANY_LABELS, len(encoded) // 2):
-        warnings.warn(
-            f"{table.source}: {len(encoded.label_names)} labels in {len(encoded)} rows, so most have one of their own; "
-            f"is {config.data.label!r} the column that [data] label means?",
-            stacklevel=2,
-        )
-    return encoded
 
 
 def keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:

@@ -160,16 +160,6 @@ def test_a_source_that_is_no_checkpoint(folder: Path, capsys: pytest.CaptureFixt
     assert source in line and ("is a layer store already" in line) == (source == "store")
 
 
-def test_labels_that_most_rows_have_alone_are_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"film {number},title {number % 30},{number % 4}" for number in range(50)]
-    (folder / "train.csv").write_text("\n".join(["text,label,site", *rows]) + "\n")
-    capsys.readouterr()
-    small = ["--set", "memory.budget=8MiB"]  # to end before training
-    assert main(["run", "run.toml", "--out", "new", *small]) == 2
-    words = "30 labels in 50 rows, so most have one of their own; is 'label' the column that [data] label means?"
-    assert words in capsys.readouterr().err
-
-
 def test_an_unknown_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "eval.csv").write_text("text,label\nodd film,odd\n")
     known = "line 2: unknown label 'odd'; the model was trained on 'bad', 'good'"
