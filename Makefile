@@ -190,8 +190,8 @@ test-lowest: build  ## the Python tests with the oldest dependencies
 	$(PYTHON) -m venv --clear build/lowest-venv
 	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints.txt torch setuptools cmake ninja pybind11
 	build/lowest-venv/bin/python -m pip install --quiet --constraint constraints-lowest.txt transformers safetensors tokenizers numpy \
-	  rich jinja2 pytest pytest-timeout hypothesis pandas
-	build/lowest-venv/bin/python -m pytest -q --timeout 600 --ignore tests/rules
+	  rich jinja2 pytest pytest-timeout pytest-xdist hypothesis pandas
+	PYTHONPATH=$(CURDIR) build/lowest-venv/bin/python -m pytest -q --timeout 600 --numprocesses $(JOBS) --ignore tests/rules
 
 docs: build  ## the site in docs/_build/html, without a network
 	$(INSTALL) sphinx furo myst-parser

@@ -14,6 +14,8 @@ from chainfed_engine.federation import session
 from tests.federation.deployed import make_files
 from tests.test_boundary import FORMAT, encode
 
+pytest.importorskip("cryptography", reason="cryptography is not installed (extra `privacy`)")
+
 HIDDEN = 64
 
 

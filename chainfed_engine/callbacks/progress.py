@@ -67,6 +67,8 @@ class Progress:
         elif kind == "eval":
             self._line(f"eval  {_scores(event)}")
         elif kind == "end":
+            if self._task_name == "rounds" and event.get("error") is None:
+                self._update(what="done")
             self._stop()
 
     __call__ = on_event
@@ -109,7 +111,7 @@ class Progress:
         loss = f"loss {event['loss']:.4f}" if event.get("loss") is not None else ""
         left = self._clock.left(number, rounds)
         if not self._stream.isatty():
-            parts = [_window_text(event), loss, self._of_budget(rss_bytes()), f"{left} left" if left else ""]
+            parts = [_window_text(event), loss, self._of_budget(rss_bytes()), left]
             self._line(f"round {number}/{rounds}  " + "  ".join(part for part in parts if part))
             return
         self._begin("rounds", rounds)
@@ -129,12 +131,12 @@ class Progress:
         if self._bar is None:
             self._bar = Bar(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=10, table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[count]}"),
                 TextColumn("{task.fields[loss]}"),
                 TextColumn("{task.fields[left]}", style="cyan"),
                 _MemoryColumn(self),
+                _WhatColumn(),
                 console=Console(file=self._stream),
             )
             self._bar.start()
@@ -148,8 +150,6 @@ class Progress:
         task = next(each for each in self._bar.tasks if each.id == self._task)
         if completed is not None and task.total:
             fields["count"] = f"{int(completed)}/{int(task.total)}"
-        if fields.get("left"):
-            fields["left"] += " left"
         self._bar.update(self._task, completed=completed, description=what, refresh=True, **fields)
 
     def _stop(self) -> None:
@@ -168,19 +168,32 @@ class Progress:
         return f"{format_size(num_bytes)}{budget}"
 
 
+class _WhatColumn(ProgressColumn):
+    """What is being done, last: it alone changes its length, and is cut where the terminal is narrow."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=False))  # the table takes room from no other
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 class _MemoryColumn(ProgressColumn):
     """Resident memory now against the budget: yellow near it, red above."""
 
     max_refresh = 0.5  # seconds
 
     def __init__(self, progress: Progress) -> None:
-        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
+        super().__init__(Column(no_wrap=True))
         self._progress = progress
 
     def render(self, task: Task) -> Text:
         used, budget = rss_bytes(), self._progress.budget_bytes
         style = "green" if budget is None or used < _NEAR * budget else "yellow" if used <= budget else "bold red"
-        return Text(f"{format_size(used)}/{format_size(budget)}" if budget else format_size(used), style=style)
+        now, most = format_size(used), format_size(budget) if budget else ""
+        if most and now.split()[-1] == most.split()[-1]:
+            now = now.split()[0]
+        return Text(f"{now}/{most}" if most else now, style=style)
 
 
 class _Clock:
@@ -194,16 +207,16 @@ class _Clock:
             self._started = (time.monotonic(), rounds_done)
 
     def left(self, rounds_done: float, rounds: int) -> str:
-        """As h:mm:ss; empty while nothing can be said."""
+        """As "h:mm:ss left"; empty while nothing can be said, and when all is done."""
         if self._started is None:
             self.begin(rounds_done)
             return ""
         seconds, done_then = self._started
         progress = rounds_done - done_then
-        if progress <= 0:
+        if progress <= 0 or rounds_done >= rounds:
             return ""
         passed = time.monotonic() - seconds
-        return str(timedelta(seconds=round(passed / progress * max(0.0, rounds - rounds_done))))
+        return f"{timedelta(seconds=round(passed / progress * (rounds - rounds_done)))} left"
 
 
 def _window_text(event: Mapping[str, Any]) -> str:

@@ -79,8 +79,10 @@ def hold_out(labels: Sequence[str] | None, num_rows: int, share: float, seed: in
     )
     if not len(held):
         of_labels = "" if labels is None else f" with {len(groups)} labels"
+        other_column = ", or correct [data] label: every row has one of its own" if len(groups) == num_rows > 1 else ""
         raise DataError(
             f"hold_out {share}: no row of {num_rows}{of_labels} is left for evaluation; raise it or name [data] eval"
+            f"{other_column}"
         )
     return np.setdiff1d(np.arange(num_rows, dtype=np.int64), held), held
 

@@ -4,7 +4,8 @@ Enters: a run directory and a model that transformers loaded, in any dtype, on a
 layers changed in place by forward hooks; for a classification run inside an `AdaptedClassifier`, which gives logits.
 Nothing of the model is replaced or renamed. What is added to its `state_dict`:
 
-- bottleneck: `<layer>.chainfed_adapter.down_weight` [R,D], `.down_bias` [R], `.up_weight` [D,R], `.up_bias` [D]
+- bottleneck: `<layer>.chainfed_adapter.down_weight` [R,D], `.down_bias` [R], `.up_weight` [D,R], `.up_bias` [D]; any
+  other adapter that acts on a layer's output, in the same place under its own names
 - lora: `<projection>.chainfed_lora.a` [R,K], `.b` [N,R]
 - an `AdaptedClassifier` has the model under `model.` and the classifier under `classifier.` (`out_weight` [C,D],
   `out_bias` [C], `transform_weight` [D,D], `transform_bias` [D], as far as the run has them)
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from chainfed_engine.adapters import Adapter, Bottleneck, LoRA
+from chainfed_engine.adapters import Adapter, LoRA
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.exports.trained_run import TrainedRun
 from chainfed_engine.model.classifier import Classifier
@@ -26,7 +27,7 @@ from chainfed_engine.model.families import name_table
 from chainfed_engine.model.shape import model_shape
 from chainfed_engine.types import ModelShape
 
-_BOTTLENECK, _LORA = "chainfed_adapter", "chainfed_lora"
+_ADAPTER, _LORA = "chainfed_adapter", "chainfed_lora"
 
 
 class AdaptedClassifier(nn.Module):
@@ -77,7 +78,7 @@ def load_adapted(run_dir: str | Path, model: nn.Module) -> nn.Module:
     adapters = run.trained_adapters(shape)
     base = getattr(model, "base_model", model)
     layers = base.get_submodule(name_table(shape.architecture).layers.removesuffix("."))
-    if any(name.rpartition(".")[2] in (_BOTTLENECK, _LORA) for name, _ in base.named_modules()):
+    if any(name.rpartition(".")[2] in (_ADAPTER, _LORA) for name, _ in base.named_modules()):
         raise InvalidArgument("load_adapted: the model has adapters already; load a fresh one with from_pretrained")
     for index, adapter in adapters.items():
         _attach(layers.get_submodule(str(index)), adapter)
@@ -99,11 +100,10 @@ def _shape_of(model: nn.Module) -> ModelShape:
 
 
 def _attach(layer: nn.Module, adapter: Adapter) -> None:
-    if isinstance(adapter, Bottleneck):
-        layer.add_module(_BOTTLENECK, _like_model(adapter.requires_grad_(True), layer))
-        layer.register_forward_hook(_apply_bottleneck)
+    if not isinstance(adapter, LoRA):  # it acts on the layer's output
+        layer.add_module(_ADAPTER, _like_model(adapter.requires_grad_(True), layer))
+        layer.register_forward_hook(_apply_adapter)
         return
-    assert isinstance(adapter, LoRA)
     for path, branch in adapter.low_rank.items():
         projection = layer.get_submodule(path)
         projection.add_module(_LORA, _like_model(LowRankAddition(branch.a, branch.b, branch.scale), projection))
@@ -118,8 +118,8 @@ def _like_model(module: nn.Module, owner: nn.Module) -> Any:
 
 
 # Functions of the module, not closures, so that an adapted model can be copied.
-def _apply_bottleneck(layer: nn.Module, inputs: Any, output: Any) -> Any:
-    adapter: Any = getattr(layer, _BOTTLENECK)
+def _apply_adapter(layer: nn.Module, inputs: Any, output: Any) -> Any:
+    adapter: Any = getattr(layer, _ADAPTER)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 

@@ -110,8 +110,8 @@ def export(
 def _check_can_leave(run: TrainedRun, to: Target) -> None:
     if run.config.chain.adapter != "lora":
         raise InvalidArgument(
-            f"{run.path}: bottleneck adapters stand between the layers, where {to} has no place for them; load the run "
-            'with chainfed_engine.load_adapted(run, model), or train with [chain] adapter = "lora"'
+            f"{run.path}: {run.config.chain.adapter} adapters stand between the layers, where {to} has no place for "
+            'them; load the run with chainfed_engine.load_adapted(run, model), or train with [chain] adapter = "lora"'
         )
     if to == "gguf" and run.task != "causal-lm":
         raise InvalidArgument(f"{run.path}: a GGUF adapter cannot hold a classifier; use --to peft or --to merged")

@@ -45,7 +45,7 @@ def plan_for(
     """The plan of a run with this store on this process. `data_bytes`: a client's batches; `facts`: of the samples,
     where they are known. Raises MemoryBudgetExceeded, and ConfigError for choices that this model cannot keep."""
     import chainfed_engine.model.families as families
-    from chainfed_engine.memory.settle import settled_rss_bytes
+    from chainfed_engine.memory.settle import settled_rss_bytes, startup_peak_bytes
 
     check_choices(info, config, task)
     families.family(info.architecture)  # the library's modelling code belongs to the interpreter's share
@@ -53,9 +53,9 @@ def plan_for(
     device = None
     if place.is_cuda:
         device = DeviceFacts(str(place.torch_device), place.is_unified, place.library_from_tokens)
-    facts = facts or DataFacts()
+    facts, startup = facts or DataFacts(), startup_peak_bytes()
     return make_plan(
-        Request(info.shape, store_sizes(info), config, task, settled_rss_bytes(), data_bytes, facts, device)
+        Request(info.shape, store_sizes(info), config, task, settled_rss_bytes(), data_bytes, facts, device, startup)
     )
 
 

@@ -5,6 +5,7 @@ library must not call it for its user. What still stays, `native.trim_heap` retu
 """
 
 import ctypes
+import sys
 
 # mallopt parameters (glibc's malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -21,11 +22,13 @@ KEPT_HEAP_BYTES = 8 << 20
 _MAX_ARENAS = 2
 
 _is_lean = False  # whether this process asked for it
+_is_own = False  # ... before torch was imported
 
 
 def keep_heap_lean() -> bool:
     """Set the allocator so that returned heap goes back to the system. False where the C library is not glibc."""
-    global _is_lean
+    global _is_lean, _is_own
+    _is_own = _is_own or "torch" not in sys.modules
     _is_lean = _set(
         {
             _M_ARENA_MAX: _MAX_ARENAS,
@@ -34,6 +37,11 @@ def keep_heap_lean() -> bool:
         }
     )
     return _is_lean
+
+
+def is_own_process() -> bool:
+    """Whether this process is a program of ours from its start on: what it has taken so far, a run's start-up took."""
+    return _is_own
 
 
 def expect_deep_graphs() -> bool:

@@ -72,7 +72,8 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned: `interpreter_bytes` is the process before a model is opened, measured by the caller."""
+    """What is to be planned. Measured by the caller before a model is opened: `interpreter_bytes` what the process
+    takes, `startup_bytes` the most that it has taken until then."""
 
     shape: ModelShape
     sizes: StoreSizes
@@ -82,6 +83,7 @@ class Request:
     data_bytes: int = 0
     facts: DataFacts = field(default_factory=DataFacts)
     device: "DeviceFacts | None" = None  # None: the CPU
+    startup_bytes: int = 0  # 0: less than the run will take
 
     @property
     def tokens(self) -> int:

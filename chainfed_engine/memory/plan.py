@@ -54,6 +54,7 @@ RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in 
 _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
+_START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -114,11 +115,18 @@ def make_plan(request: Request) -> Plan:
     chosen, smallest = _chosen(request), smallest_plan(request)
     if chosen is not None:
         return replace(chosen, smallest_budget_bytes=smallest.predicted_peak_bytes, advice=_advice(request))
-    assert request.config.budget_bytes is not None
+    budget = request.config.budget_bytes
+    assert budget is not None
+    if _START_UP in smallest.parts:
+        raise MemoryBudgetExceeded(
+            f"budget {format_size(budget)}: the smallest that would do is {request.startup_bytes} bytes "
+            f"({format_size(request.startup_bytes)}), for to import PyTorch and read the data took that before a model "
+            f"was opened; raise [memory] budget or, without a GPU, install PyTorch's CPU build, which takes less"
+        )
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
     savings = what_would_shrink(request)
     raise MemoryBudgetExceeded(
-        f"budget {format_size(request.config.budget_bytes)}: the smallest that would do is "
+        f"budget {format_size(budget)}: the smallest that would do is "
         f"{smallest.predicted_peak_bytes} bytes ({format_size(smallest.predicted_peak_bytes)}; {largest} takes "
         f"{format_size(smallest.parts[largest])}); raise [memory] budget"
         + ("" if not savings else f" or shrink it: {'; '.join(savings)}")
@@ -202,7 +210,11 @@ def predict(request: Request, choices: Choices) -> Plan:
     facts: dict[str, Any] = {}
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
+        host_bytes = 0 if request.device.is_unified else max(host_bytes, request.startup_bytes)
         facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
+    beyond = request.startup_bytes - sum(parts.values())
+    if beyond > 0 and (request.device is None or request.device.is_unified):
+        parts[_START_UP] = beyond
     return Plan(sum(parts.values()), parts, choices, request.config.budget_bytes, facts)
 
 

@@ -11,9 +11,17 @@ import torch
 from torch.nn import functional
 
 from chainfed_engine import native
-from chainfed_engine.memory.meter import rss_bytes
+from chainfed_engine.memory.lean import is_own_process
+from chainfed_engine.memory.meter import peak_rss_bytes, rss_bytes
 
 _MADV_DONTNEED = 4
+
+
+def startup_peak_bytes() -> int:
+    """Most that was resident before a model is opened: linking torch (its CUDA build above all) and reading the data
+    may take more than the run will. In a process that others began (a notebook, a test) what is resident now: what it
+    held before is not ours."""
+    return peak_rss_bytes() if is_own_process() else rss_bytes()
 
 
 def settled_rss_bytes() -> int:

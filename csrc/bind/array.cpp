@@ -110,11 +110,17 @@ class ArrayReader {
   // Returns false when the object speaks neither protocol; throws py::error_already_set when its export fails.
   static bool read(py::handle object, Array& array) {
     if (read_through_table(object, array)) return true;
+    const bool has_buffer = PyObject_CheckBuffer(object.ptr()) != 0;
     if (py::hasattr(object, "__dlpack__")) {
-      read_dlpack(object, array);
-      return true;
+      try {
+        read_dlpack(object, array);
+        return true;
+      } catch (py::error_already_set& error) {
+        // DLPack before 1.0 cannot say "read-only" (NumPy 1.26); the buffer protocol can.
+        if (!has_buffer || !error.matches(PyExc_BufferError)) throw;
+      }
     }
-    if (PyObject_CheckBuffer(object.ptr()) != 0) {
+    if (has_buffer) {
       read_buffer(object, array);
       return true;
     }

@@ -76,6 +76,27 @@ def test_a_round_moves_with_its_clients_and_the_time_left_counts_from_where_the_
     assert "/1.0 TiB" in drawn and "evaluate" in drawn
 
 
+def test_on_a_narrow_terminal_one_line_keeps_all_figures_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    now = [100.0]
+    monkeypatch.setattr("chainfed_engine.callbacks.progress.time.monotonic", lambda: now[0])
+    stream = Terminal()
+    with Progress(budget_bytes=1 << 40, stream=stream) as progress:
+        for number in range(98, 100):
+            train = {"event": "phase", "name": "train", "round": number, "rounds": 120, "window": [128, 130]}
+            progress({**train, "total": 100})
+            for done in (1, 99):
+                now[0] += 1800
+                progress({"event": "step", "done": done, "total": 100})
+            progress({"event": "round", "round": number, "rounds": 120, "window": [128, 130], "loss": 10.25})
+        progress({"event": "end", "error": None})
+    drawn = stream.getvalue()
+    assert "\x1b[1A" not in drawn, "more than one line"
+    for whole in ("99/120", "loss 10.2500", " left", "/1.0 TiB", "layers 1", "…", "done"):
+        assert whole in drawn
+
+
 def test_memory_above_the_budget_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()

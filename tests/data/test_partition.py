@@ -96,3 +96,5 @@ def test_rows_are_held_out_of_every_label_and_the_same_ones_for_a_seed() -> None
     assert len(hold_out(None, 10, 0.35, seed=0)[1]) == 3
     with pytest.raises(DataError, match="no row of 3 is left for evaluation"):
         hold_out(None, 3, 0.1, seed=0)
+    with pytest.raises(DataError, match=r"or correct \[data\] label: every row has one of its own"):
+        hold_out(["a text", "another", "a third"], 3, 0.1, seed=0)

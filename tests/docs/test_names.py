@@ -8,7 +8,11 @@ import pytest
 
 import chainfed_engine as cfe
 from chainfed_engine.cli.main import _parser
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.config_file import _known
+from chainfed_engine.memory.parts import Choices, Request, StoreSizes
+from chainfed_engine.memory.plan import predict
+from chainfed_engine.types import ModelShape
 from tests.docs.pages import ALL_PAGES, ROOT, blocks, commands
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -103,6 +107,22 @@ def test_the_messages_of_the_troubleshooting_page_are_ours() -> None:
     joined = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))
     for message in messages:
         assert message in joined, f"no error says {message!r} any more"
+
+
+def test_the_parts_of_the_page_on_budgets_are_those_of_a_plan() -> None:
+    page = (ROOT / "docs" / "guide" / "budget.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| part \| .*?\n\n", page, flags=re.M | re.S)
+    assert rows is not None
+    told = {name for cell in re.findall(r"^\| (`[^|]*) \|", rows[0], flags=re.M) for name in CODE.findall(cell)}
+    shape = ModelShape("llama", 4, 64, 128, 4, 4, 16, 300, 64)
+    sizes = StoreSizes(4 << 20, 1 << 20, 1 << 20, 1 << 20, 4, 1)
+    request = Request(shape, sizes, ChainConfig(), "causal-lm", 1, startup_bytes=1 << 40)
+    found = {
+        part.split(" (")[0]
+        for num_slots in (None, 2)
+        for part in predict(request, Choices(num_slots, 1, False, "int8", 1 << 20)).parts
+    }
+    assert told == found
 
 
 def test_the_readme_fits_on_two_screens() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
+from chainfed_engine.memory.device import DeviceFacts
 from chainfed_engine.memory.parts import adapter_floats, fill_bytes, is_decoder
 from chainfed_engine.memory.plan import (
     Choices,
@@ -125,6 +126,30 @@ def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
     choices = make_plan(request).choices
     more = predict(foreseeing, choices).predicted_peak_bytes - predict(request, choices).predicted_peak_bytes
     assert more >= 30 * 4 * 128 * 4096 * 4
+
+
+def test_a_start_up_beyond_the_run_is_the_peak_and_what_a_budget_is_held_to() -> None:
+    """As with PyTorch's CUDA build, whose import peaks before its pages go back."""
+    usual = make_plan(request(None))
+    peak = usual.predicted_peak_bytes
+    assert make_plan(replace(request(None), startup_bytes=peak)).parts == usual.parts
+    high = make_plan(replace(request(peak + 2 * MIB), startup_bytes=peak + MIB))
+    assert high.choices == usual.choices
+    assert high.predicted_peak_bytes == peak + MIB == sum(high.parts.values()) == high.smallest_budget_bytes
+    assert high.parts["start-up, beyond all of this"] == MIB
+    assert "start-up, beyond all of this" in high.table()
+    with pytest.raises(MemoryBudgetExceeded, match=f"would do is {peak + MIB} bytes.*import PyTorch.*CPU build"):
+        make_plan(replace(request(peak), startup_bytes=peak + MIB))
+
+
+def test_start_up_counts_for_the_host_of_a_device_and_not_against_the_devices_budget() -> None:
+    on_device = replace(request(None), device=DeviceFacts("cuda:0", is_unified=False))
+    usual = make_plan(on_device)
+    high = make_plan(replace(on_device, startup_bytes=1 << 40))
+    assert high.parts == usual.parts
+    assert high.facts["predicted_host_bytes"] == 1 << 40 > usual.facts["predicted_host_bytes"]
+    board = replace(on_device, device=DeviceFacts("cuda:0", is_unified=True))
+    assert make_plan(replace(board, startup_bytes=1 << 40)).predicted_peak_bytes == 1 << 40
 
 
 WIDE = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072)

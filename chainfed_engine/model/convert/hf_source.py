@@ -80,6 +80,8 @@ def open_folder(folder: Path, label: str) -> Source:
         raise UnsupportedModel(
             f"{folder}: holds an adapter alone (adapter_config.json); name the model it was made for"
         )
+    if not (folder / "config.json").exists() and (folder / "store.json").exists():
+        raise UnsupportedModel(f"{folder}: is a layer store already; name the checkpoint it was made from, or use it")
     config = _read_json(folder / "config.json")
     _refuse_quantised(folder, config)
     if config.get("model_type") == "xlm-roberta":  # RoBERTa with another vocabulary
