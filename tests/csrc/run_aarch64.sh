@@ -18,7 +18,7 @@ run() { # CPU LEVEL TEST [NAME...]: of the test binary, the tests whose name con
   local cpu=$1 level=$2 binary=$3
   shift 3
   echo "aarch64, $cpu ($level): $binary $*"
-  CHAINFED_EXPECTED_SIMD=$level timeout 300 qemu-aarch64-static -cpu "$cpu" "build/aarch64/$binary" "$@"
+  CHAINFED_EXPECTED_SIMD=$level timeout 900 qemu-aarch64-static -cpu "$cpu" "build/aarch64/$binary" "$@"
 }
 edges=(saturation nan_or_inf cosine one_millionth forked)
 for model in cortex-a57:neon cortex-a76:dotprod; do
