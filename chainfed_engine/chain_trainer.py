@@ -232,7 +232,8 @@ class ChainTrainer:
 
     @property
     def _window_layers(self) -> int:
-        return num_window_layers(self.config.window, self.model.num_layers, self._trainer.task)
+        config = self.config
+        return num_window_layers(config.window, self.model.num_layers, self._trainer.task, config.start_layer)
 
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config

@@ -3,7 +3,7 @@
 import pytest
 
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds
+from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds, num_window_layers
 
 
 def starts(schedule: Schedule) -> list[int]:
@@ -62,3 +62,10 @@ def test_the_learning_rate_falls_by_a_cosine_from_its_value_to_almost_nothing() 
     assert rates[0] == 0.5 and rates[4] == pytest.approx(0.25)
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.02
     assert [learning_rate(0.5, "none", round_id, 8) for round_id in range(8)] == [0.5] * 8
+
+
+def test_a_window_left_open_is_two_thirds_of_an_encoder_and_no_more_than_the_layers_from_the_start_layer_on() -> None:
+    assert [num_window_layers(None, layers, "classification") for layers in (1, 2, 6, 12)] == [1, 1, 4, 8]
+    assert [num_window_layers(None, layers, "causal-lm") for layers in (1, 30)] == [1, 2]
+    assert num_window_layers(None, 6, "classification", start_layer=3) == 3
+    assert num_window_layers(4, 6, "classification", start_layer=3) == 4  # refused by the schedule, not changed

@@ -122,7 +122,7 @@ class Request:
     @property
     def window(self) -> int:
         """Of the chain."""
-        return num_window_layers(self.config.window, self.shape.num_layers, self.task)
+        return num_window_layers(self.config.window, self.shape.num_layers, self.task, self.config.start_layer)
 
 
 def is_decoder(shape: ModelShape) -> bool:

@@ -58,7 +58,8 @@ class Server:
     ) -> None:
         if not client_samples or min(client_samples.values()) < 1:
             raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
-        self.config = config = replace(config, window=num_window_layers(config.window, shape.num_layers, task))
+        config = replace(config, window=num_window_layers(config.window, shape.num_layers, task, config.start_layer))
+        self.config = config
         self.shape = shape
         self.task = task
         self.client_samples = dict(client_samples)
@@ -221,8 +222,6 @@ class Server:
         if not isinstance(reply.client, str) or not self._awaited.owes(reply):
             return None
         assert isinstance(collector, UpdateCollector)
-        if self._plan.fits_classifier(self._stage()):
-            return None
         task = late_task(self._train_task(reply.client), reply.round_id)
         if reply.stage != task.stage:
             return None

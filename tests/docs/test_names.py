@@ -120,7 +120,7 @@ def test_the_parts_of_the_page_on_budgets_are_those_of_a_plan() -> None:
     found = {
         part.split(" (")[0]
         for num_slots in (None, 2)
-        for part in predict(request, Choices(num_slots, 1, False, "int8", 1 << 20)).parts
+        for part in predict(request, Choices(2, num_slots, 1, False, "int8", 1 << 20)).parts
     }
     assert told == found
 

@@ -115,6 +115,7 @@ def config(**fields: Any) -> ChainConfig:
     return ChainConfig(
         **{
             "rounds": 12,
+            "window": 2,
             "clients_per_round": 3,
             "batch_size": 4,
             "eval_every": 5,

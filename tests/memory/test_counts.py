@@ -107,7 +107,7 @@ def test_a_step_holds_what_is_counted(
         workspace = native.cross_entropy_workspace_bytes(head.block_format, rows, head.max_shard_rows, width, None)
         assert workspace <= parts.HEAD_WORKSPACE_BYTES
         monkeypatch.setattr(parts, "HEAD_WORKSPACE_BYTES", workspace)
-    counted = step_bytes(request, Choices(None, SEQUENCES, recompute, "f32", 4 << 20)) / 4
+    counted = step_bytes(request, Choices(2, None, SEQUENCES, recompute, "f32", 4 << 20)) / 4
     assert 0.98 <= counted / measured <= (1.12 if options == {"window": 1} else 1.03)
     trainer.end()
     model.store.close()
@@ -156,7 +156,7 @@ def test_passes_hold_a_micro_batch_and_say_the_same(model_type: str, tmp_path: P
         results.append((scores, statistics))
         peaks.append(4 * peak_floats(lambda trainer=trainer, arrays=arrays: trainer.evaluate([batch], arrays)))
     assert peaks[1] < 0.5 * peaks[0]
-    assert peaks[1] <= fill_bytes(request, Choices(1, 1, False, "f32", 1))
+    assert peaks[1] <= fill_bytes(request, Choices(2, 1, 1, False, "f32", 1))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-3)
     for whole, split in zip(results[0][1], results[1][1], strict=True):
         for key, value in whole.items():

@@ -36,7 +36,15 @@ def make_server(
     *, num_layers: int = 4, samples: dict[str, int] | None = None, task: str = "classification", **fields: Any
 ) -> Server:
     """A chain that starts at layer 0 without profiling, unless `fields` say otherwise."""
-    fields = {"start_layer": 0, "stand_in": False, "probe_rounds": 0, "rounds": 6, "clients_per_round": 3, **fields}
+    fields = {
+        "window": 2,
+        "start_layer": 0,
+        "stand_in": False,
+        "probe_rounds": 0,
+        "rounds": 6,
+        "clients_per_round": 3,
+        **fields,
+    }
     clients = samples or {f"client-{index}": 10 + index for index in range(5)}
     classes = 3 if task == "classification" else None
     return Server(ChainConfig(**fields), shape(num_layers), initial(num_layers, classes=classes), clients, task)  # type: ignore[arg-type]
