@@ -16,7 +16,7 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels, with_own_window
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
 from chainfed_engine.federation.session import Session, check_choices, open_trainer, plan_for, running_out
 from chainfed_engine.memory.plan import Plan
@@ -184,7 +184,7 @@ def _train(
 ) -> Result:
     check_free(out, resume=resume)  # before minutes of work that could not be kept
     check_choices(StoreInfo.read(config.store), config.chain, config.data.task)
-    config = _with_pooling(config)
+    config = with_own_window(_with_pooling(config), out, resume=resume)
     table, held_out = complete(config, table), None if held_out is None else complete(config, held_out)
     if held_out is None and config.data.hold_out:
         named = None if config.data.label is None else table.names(config.data.label)

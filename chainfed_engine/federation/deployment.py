@@ -21,7 +21,7 @@ from chainfed_engine.data import EncodedData, Tokenizer
 from chainfed_engine.errors import ChainfedError, ConfigError, InvalidArgument
 from chainfed_engine.federation.codec import pack
 from chainfed_engine.federation.files import make_folder, write_text
-from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run
+from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, with_own_window
 from chainfed_engine.federation.patience import Patience
 from chainfed_engine.federation.run import fit
 from chainfed_engine.federation.run_directory import RunDirectory, check_free
@@ -87,6 +87,7 @@ def _run(
     if config.data.eval is not None:
         held_out = complete(config, data.read_table(config.data.eval, config.data.columns))
         evaluation = encode(config, held_out, tokenizer, labels or None)
+    config = with_own_window(config, out, resume=resume)
     plan = plan_run(config, {}, evaluation)
     chain = plan.recorded_in(config.chain)
     ready = _set_up(transport, sites, setup_record(replace(config.chain, window=chain.window), labels), meet_seconds)

@@ -6,12 +6,14 @@ In: a `RunConfig` and tables; out: encoded data, a plan, the label file of a run
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from chainfed_engine import data
 from chainfed_engine.config import RunConfig
+from chainfed_engine.config_file import load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer
-from chainfed_engine.errors import CorruptFile, DataError, StorageError
+from chainfed_engine.errors import ChainfedError, CorruptFile, DataError, StorageError
 from chainfed_engine.federation.files import write_text
 from chainfed_engine.federation.session import plan_for
 from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
@@ -20,6 +22,19 @@ from chainfed_engine.model.format import StoreInfo
 
 LABELS_FILE = "labels.json"
 _DAMAGED_LABELS = "the file is damaged: delete it, and take the run up with --resume, which writes it again"
+
+
+def with_own_window(config: RunConfig, out: Path, *, resume: bool) -> RunConfig:
+    """`config` with the window that the run in `out` began with, where it is left open: under another budget, or in a
+    process that takes more, a plan would choose another and the run could not go on. A damaged config.toml says
+    nothing: the run taken up writes it again, and its state tells whether the plan's window is its own."""
+    if not resume or config.chain.window is not None:
+        return config
+    try:
+        began = load_config(out / "config.toml").chain.window
+    except ChainfedError:
+        return config
+    return replace(config, chain=replace(config.chain, window=began))
 
 
 def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
