@@ -57,7 +57,7 @@ def cut_off(ending: signal.Signals, *, rounds: int, resume: bool) -> tuple[int, 
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while process.poll() is None and num_rounds(Path("cut")) < rounds and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.05)
