@@ -16,7 +16,7 @@ from chainfed_engine.model.place import CPU, Place
 
 CONFIG = ChainConfig(budget=5 << 30, device="cuda:1")
 PLAN: Any = SimpleNamespace(
-    predicted_peak_bytes=3 << 30, smallest_budget_bytes=1 << 30, choices=SimpleNamespace(num_slots=None)
+    predicted_peak_bytes=3 << 30, smallest_budget_bytes=1 << 30, choices=SimpleNamespace(window=2, num_slots=None)
 )
 
 
@@ -43,6 +43,23 @@ def test_torch_is_held_to_the_budget_before_the_store_is_opened(
     monkeypatch.setattr(session.LayerStore, "open", refuse)
     with pytest.raises(MemoryBudgetExceeded, match="the smallest that would do is 1073741824 bytes"):
         open_trainer(Path("store"), replace(CONFIG, budget=budget), PLAN, "classification", num_labels=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "window", "deep"), [("chain", 4, False), ("chain", 5, True), ("full-adapters", 2, True)]
+)
+def test_the_heap_is_told_of_deep_graphs(monkeypatch: pytest.MonkeyPatch, method: Any, window: int, deep: bool) -> None:
+    told: list[bool] = []
+
+    def stop(*_: object, **named: Any) -> None:
+        raise torch.OutOfMemoryError("enough")
+
+    monkeypatch.setattr(session, "expect_deep_graphs", lambda: told.append(True))
+    monkeypatch.setattr(session.LayerStore, "open", stop)
+    plan = SimpleNamespace(**{**vars(PLAN), "choices": SimpleNamespace(window=window, num_slots=None)})
+    with pytest.raises(MemoryBudgetExceeded):
+        open_trainer(Path("store"), ChainConfig(method=method), plan, "classification", num_labels=2)  # type: ignore[arg-type]
+    assert told == [True] * deep
 
 
 @pytest.mark.parametrize("unified", [False, True])
