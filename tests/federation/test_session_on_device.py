@@ -46,7 +46,8 @@ def test_torch_is_held_to_the_budget_before_the_store_is_opened(
 
 
 @pytest.mark.parametrize(
-    ("method", "window", "deep"), [("chain", 4, False), ("chain", 5, True), ("full-adapters", 2, True)]
+    ("method", "window", "deep"),
+    [("chain", 4, False), ("chain", 5, True), ("linear-probe", 5, False), ("full-adapters", 2, True)],
 )
 def test_the_heap_is_told_of_deep_graphs(monkeypatch: pytest.MonkeyPatch, method: Any, window: int, deep: bool) -> None:
     told: list[bool] = []
