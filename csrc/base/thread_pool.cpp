@@ -135,8 +135,9 @@ class Pool {
     uint32_t seen = 0;
     for (;;) {
       wait_for([&] { return job_of(ticket_.load(std::memory_order_acquire)) != seen; }, wake_);
-      if (stopping_.load(std::memory_order_acquire)) return;
+      // In this order: the last job's number, once seen, is never waited for again.
       seen = job_of(ticket_.load(std::memory_order_acquire));
+      if (stopping_.load(std::memory_order_acquire)) return;
       take_chunks(seen, thread);
     }
   }

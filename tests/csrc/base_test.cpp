@@ -67,6 +67,17 @@ TEST(many_short_jobs_do_not_run_into_each_other) {
   set_num_threads(2);
 }
 
+// A worker that wakes for a job while the pool ends must see the end, or whoever joins it waits for ever.
+TEST(a_pool_that_ends_right_after_a_job_leaves_no_worker_waiting) {
+  for (int repeat = 0; repeat < 2000; ++repeat) {
+    set_num_threads(2 + repeat % 4);
+    std::atomic<int> total{0};
+    parallel_for(2, [&](int64_t) { ++total; });
+    CHECK(total == 2);
+  }
+  set_num_threads(2);
+}
+
 TEST(an_exception_of_a_body_reaches_the_caller_and_the_pool_lives_on) {
   set_num_threads(3);
   for (int64_t bad = 0; bad < 6; ++bad) {
