@@ -136,7 +136,7 @@ def saved_floats(shape: ModelShape) -> int:
     if not is_decoder(shape):
         return 2 * shape.hidden_size + 4 * attention + shape.intermediate_size
     normed = attention + keys if shape.architecture == "qwen3" else 0
-    return 2 * shape.hidden_size + 2 * attention + 2 * keys + 3 * shape.intermediate_size + normed
+    return 2 * shape.hidden_size + 2 * attention + 2 * keys + 2 * shape.intermediate_size + normed
 
 
 def _first_saved_floats(shape: ModelShape) -> int:
@@ -162,12 +162,12 @@ def live_floats(shape: ModelShape) -> int:
     width, attention, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     if is_decoder(shape):
         rotated = 2 * attention + 2 * keys + max(2 * attention, 3 * keys)
-        return 2 * width + max(width + _expanded(shape), rotated)
-    return max(2 * width + _expanded(shape), 5 * width + shape.intermediate_size, 6 * width)
+        return 2 * width + max(width + 2 * shape.intermediate_size, rotated)
+    return max(2 * width + 2 * shape.intermediate_size, 5 * width + shape.intermediate_size, 6 * width)
 
 
 def _expanded(shape: ModelShape) -> int:
-    """Floats of the feed-forward part's widest moment, forward (both factors and product) and backward alike."""
+    """Floats of the feed-forward part's widest moment with a graph: the product's gradient and both factors'."""
     return (3 if is_decoder(shape) else 2) * shape.intermediate_size
 
 

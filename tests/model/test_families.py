@@ -74,6 +74,7 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
         ("bert", {"is_decoder": True}),
         ("bert", {"position_embedding_type": "relative_key"}),
         ("llama", {"is_causal": False}),
+        ("qwen3", {"hidden_act": "relu"}),
     ],
 )
 def test_a_variant_that_would_run_as_another_model_is_refused(name: str, change: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from chainfed_engine.errors import UnsupportedModel
 from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, without_weights
+from chainfed_engine.model.families.gated import GatedMlp
 from chainfed_engine.types import Batch
 
 
@@ -24,14 +25,18 @@ class DecoderFamily(Family):
     layer_class: ClassVar[type[nn.Module]]
     norm_class: ClassVar[type[nn.Module]]
     rotary_class: ClassVar[type[nn.Module]]
-    required: ClassVar[Mapping[str, object]] = MappingProxyType({"is_causal": True})
+    required: ClassVar[Mapping[str, object]] = MappingProxyType({"is_causal": True, "hidden_act": "silu"})
     lora_targets = ("self_attn.q_proj", "self_attn.v_proj")
     pooling: ClassVar[Pooling] = "last"
     transform_activation: ClassVar[Literal["tanh", "relu"] | None] = None
     classifier_bias: ClassVar[bool] = False
 
     def layer(self, config: Config, index: int) -> nn.Module:
-        return without_weights(lambda: self.layer_class(config, layer_idx=index))
+        layer = without_weights(lambda: self.layer_class(config, layer_idx=index))
+        library = layer.get_submodule("mlp")
+        projections = (library.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        layer.set_submodule("mlp", GatedMlp(*projections).eval())
+        return layer
 
     def embeddings(self, config: Config) -> nn.Module:
         return nn.Identity()
