@@ -52,11 +52,12 @@ class ChainConfig:
 
     pooling: Literal["auto", "mean", "first", "last"] = _in("model", "auto")
 
-    # layers trained at once; None: two thirds of them where there is a classifier, fewer where the budget holds fewer
-    # without slowing steps down, and then the window slides; 2 for causal LMs
+    # layers trained at once; None: two thirds of an encoder's, half of a causal LM's, or fewer where the budget does not
+    # hold them without slowing steps down, and then the window slides
     window: int | None = _in("chain", None, low=1, high=1024, none="auto")
     auxiliary_weight: float = _in("chain", 0.2, high=100)
     # 0-based; None: from `threshold` by CKA, for causal LMs no lower than one window below the topmost
+    # and than half of the layers, unless the window is wider
     start_layer: int | None = _in("chain", None, high=1023, none="auto")
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")

@@ -19,12 +19,12 @@ MOST_PROBE_ROUNDS = 4
 
 
 def num_window_layers(chosen: int | None, num_layers: int, task: TaskKind, start_layer: int | None = None) -> int:
-    """Layers trained at once; "auto" (None): two thirds of them where there is a classifier, 2 for a causal LM, no more
-    than there are from `start_layer` on. (The paper sets Q by what the weakest device holds and finds more layers
+    """Layers trained at once; "auto" (None): two thirds of them where there is a classifier, half for a causal LM, no
+    more than there are from `start_layer` on. (The paper sets Q by what the weakest device holds and finds more layers
     better, as we do: docs/RESULTS.md.)"""
     if chosen is not None:
         return chosen
-    wanted = 2 * num_layers // 3 if task == "classification" else 2
+    wanted = 2 * num_layers // 3 if task == "classification" else (num_layers + 1) // 2
     return max(1, min(wanted, num_layers - (start_layer or 0)))
 
 

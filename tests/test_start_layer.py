@@ -39,7 +39,8 @@ def test_start_is_the_first_layer_below_the_threshold_and_leaves_room_for_the_wi
 
 def test_a_causal_lm_starts_no_lower_than_one_window_below_the_topmost() -> None:
     assert lowest_start_layer("causal-lm", 30, 4) == 22
-    assert lowest_start_layer("causal-lm", 3, 2) == 0
+    assert [lowest_start_layer("causal-lm", 30, window) for window in (2, 8, 15, 20, 30)] == [26, 15, 15, 10, 0]
+    assert [lowest_start_layer("causal-lm", 3, window) for window in (1, 2, 3)] == [1, 1, 0]
     assert lowest_start_layer("classification", 30, 4) == 0
 
 

@@ -142,9 +142,7 @@ def _chosen(request: Request) -> Plan | None:
         plan = _fastest(_with_window(request, window))
         if plan is None or (window > _SLID_WINDOW and not _at_full_speed(request, plan.choices)):
             continue
-        reason = (
-            "wider ones learn more; no wider than two thirds of the layers" if widest > _SLID_WINDOW else "the default"
-        )
+        reason = "wider ones learn more; no wider than two thirds of an encoder's layers, half of a causal LM's"
         if window < widest:
             reason = f"wider ones learn more, but up to {widest} layers do not fit without slowing steps down"
         return replace(plan, reasons={**plan.reasons, "window": reason})

@@ -91,6 +91,8 @@ def request(budget: int | None, **options: object) -> Request:
 
 def test_without_a_budget_everything_stays_resident() -> None:
     plan = make_plan(request(None))
+    assert plan.choices == Choices(16, None, 4, False, "int8", 4 * MIB, 0)  # half of the layers, at the top
+    plan = make_plan(request(None, window=2))
     assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024)
 
 
@@ -157,7 +159,7 @@ WIDE_SIZES = StoreSizes(16 * 36 * MIB, 8 * 36 * MIB, 260 * MIB, 36 * MIB, 16, 8)
 
 
 def wide_request(budget: int | None, **options: object) -> Request:
-    config = ChainConfig(budget=budget, batch_size=4, sequence_length=128, **options)  # type: ignore[arg-type]
+    config = ChainConfig(budget=budget, batch_size=4, sequence_length=128, window=2, **options)  # type: ignore[arg-type]
     return Request(WIDE, WIDE_SIZES, config, "causal-lm", interpreter_bytes=240 * MIB)
 
 
