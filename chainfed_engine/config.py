@@ -52,8 +52,8 @@ class ChainConfig:
 
     pooling: Literal["auto", "mean", "first", "last"] = _in("model", "auto")
 
-    # layers trained at once; None: two thirds of an encoder's, half of a causal LM's, or fewer where the budget does not
-    # hold them without slowing steps down, and then the window slides
+    # layers trained at once; None: two thirds of an encoder's, half of a causal LM's; fewer, which slide, where the
+    # budget does not hold them without slowing steps down
     window: int | None = _in("chain", None, low=1, high=1024, none="auto")
     auxiliary_weight: float = _in("chain", 0.2, high=100)
     # 0-based; None: from `threshold` by CKA, for causal LMs no lower than one window below the topmost
