@@ -201,8 +201,7 @@ def _train(
         events.append(dict(event))
         notify(callbacks, event)
 
-    plan = plan_run(config, clients, evaluation)
-    absent = _left_out(config, table, clients, plan)
+    plan, absent = _plan(config, table, clients, evaluation)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=plan.recorded_in(config.chain))
     # The session first: what it refuses (a damaged store, choices that do not fit the model) must leave no run behind.
@@ -245,17 +244,31 @@ class _Function:
     on_event: Callable[[Mapping[str, Any]], None]
 
 
-def _left_out(config: RunConfig, table: Table, clients: Mapping[str, EncodedData], plan: Plan) -> dict[str, int]:
-    """Clients whose own memory cannot hold the method, by the planner's prediction; bytes they have."""
+def _plan(
+    config: RunConfig, table: Table, clients: Mapping[str, EncodedData], evaluation: EncodedData | None
+) -> tuple[Plan, dict[str, int]]:
+    """The run's plan, and the clients whose own memory cannot hold the method, by that plan's prediction, with the
+    bytes that they have. A window left open is as wide as leaves as few out as can be (the paper's own rule)."""
+    plan, sizes = plan_run(config, clients, evaluation), _client_budgets(config, table, clients)
+    plans = [plan]
+    if config.chain.window is None and config.chain.method in ("chain", "top-window"):
+        for window in range(plan.choices.window - 1, 0, -1):
+            if plans[-1].predicted_peak_bytes <= min(sizes.values(), default=plan.predicted_peak_bytes):
+                break
+            narrower = replace(config, chain=replace(config.chain, window=window))
+            plans.append(plan_run(narrower, clients, evaluation))
+    plan = min(plans, key=lambda one: sum(size < one.predicted_peak_bytes for size in sizes.values()))
+    return plan, budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method) if sizes else {}
+
+
+def _client_budgets(config: RunConfig, table: Table, clients: Mapping[str, EncodedData]) -> dict[str, int]:
+    """Bytes that each client has; empty where nothing is said."""
     column, listed = config.data.client_budget, config.chain.client_budgets
     if column is not None:
-        sizes = budgets.by_column(table, column, {name: part.rows for name, part in clients.items()})
-    elif listed is not None:
-        parsed = parse_sizes("[federation] client_budgets", listed)
-        sizes = budgets.dealt(clients, parsed, config.chain.seed)
-    else:
-        return {}
-    return budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
+        return budgets.by_column(table, column, {name: part.rows for name, part in clients.items()})
+    if listed is not None:
+        return budgets.dealt(clients, parse_sizes("[federation] client_budgets", listed), config.chain.seed)
+    return {}
 
 
 def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:

@@ -2,6 +2,7 @@
 
 import json
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 import chainfed_engine as cfe
 from chainfed_engine import api
-from chainfed_engine.config import Method
+from chainfed_engine.config import DataConfig, Method, RunConfig
 from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import ConfigError, DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.memory.parts import Choices
+from chainfed_engine.memory.plan import Plan
 from chainfed_engine.types import layer_of_key
 
 SHAPES = {
@@ -58,8 +61,6 @@ def test_fit_trains_evaluates_and_saves(stores: dict[str, Path], tmp_path: Path)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_what_it_says(stores: dict[str, Path], method: str) -> None:
-    from dataclasses import replace
-
     options = replace(CONFIG, num_seeds=16, perturbations=2, max_gather_rounds=1)
     config = replace(options, method=method, start_layer=1 if method == "chain" else None)
     result = cfe.fit(stores["bert"], clients(), config, evaluation=examples(4, 100))
@@ -74,8 +75,6 @@ def test_every_method_trains_what_it_says(stores: dict[str, Path], method: str) 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"none", "linear-probe", "chain"}))
 def test_every_method_trains_a_causal_lm(stores: dict[str, Path], method: str) -> None:
-    from dataclasses import replace
-
     config = replace(CONFIG, method=method, rounds=2, num_seeds=16, perturbations=2, max_gather_rounds=1)
     result = cfe.fit(stores["llama"], prompts(), config, evaluation=prompts()["ben"])
     assert np.isfinite(result.evaluation["token_loss"])
@@ -83,8 +82,6 @@ def test_every_method_trains_a_causal_lm(stores: dict[str, Path], method: str) -
 
 
 def test_clients_whose_memory_cannot_hold_the_method_are_left_out(stores: dict[str, Path], tmp_path: Path) -> None:
-    from dataclasses import replace
-
     def plan(method: str) -> Any:
         return cfe.plan(stores["bert"], replace(CONFIG, method=method), task="classification")
 
@@ -105,6 +102,31 @@ def test_clients_whose_memory_cannot_hold_the_method_are_left_out(stores: dict[s
         MemoryBudgetExceeded, match=r"no client can hold the method chain: it needs .* largest has 1\.0 MiB"
     ):
         cfe.fit(stores["bert"], clients(), replace(config, client_budgets="1MiB, 512KiB"))
+
+
+@pytest.mark.parametrize(
+    ("memory", "window", "left_out"),
+    [("350MiB, 1GiB", 3, 0), ("150MiB, 350MiB", 3, 2), ("1GiB", 4, 0), ("350MiB", 4, None)],
+)
+def test_a_window_left_open_is_as_wide_as_all_who_can_take_part_can_hold(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, memory: str, window: int, left_out: int | None
+) -> None:
+    def planned(config: RunConfig, *_: object) -> Plan:
+        layers = config.chain.window or 4  # each takes 50 MiB beside 200
+        choices = Choices(layers, None, 4, False, "int8", 1 << 20)
+        return Plan((200 + 50 * layers) << 20, {}, choices, None)
+
+    monkeypatch.setattr(api, "plan_run", planned)
+    chain = replace(CONFIG, window=None if left_out is not None else 4, client_budgets=memory)
+    config = RunConfig(store=str(stores["bert"]), chain=chain, data=DataConfig(train="train.csv", label="label"))
+    members: Any = dict.fromkeys(("a", "b", "c", "d"))
+    table: Any = None
+    if left_out is None:  # what the user fixed stays, and nobody can hold it
+        with pytest.raises(MemoryBudgetExceeded, match=r"needs 400\.0 MiB"):
+            api._plan(config, table, members, None)
+        return
+    plan, absent = api._plan(config, table, members, None)
+    assert (plan.choices.window, len(absent)) == (window, left_out)
 
 
 def test_clients_memory_can_be_a_column(stores: dict[str, Path], tmp_path: Path) -> None:
@@ -142,8 +164,6 @@ def test_one_class_only_is_an_error(stores: dict[str, Path]) -> None:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(stores: dict[str, Path]) -> None:
-    from dataclasses import replace
-
     first, second = (cfe.fit(stores["llama"], prompts(), CONFIG).parameters for _ in range(2))
     assert all(np.array_equal(first[key], second[key]) for key in first)
     other = cfe.fit(stores["llama"], prompts(), replace(CONFIG, seed=7)).parameters
@@ -156,8 +176,6 @@ def prompts() -> dict[str, list[dict[str, str]]]:
 
 
 def test_a_causal_lm_learns_its_responses_window_by_window(stores: dict[str, Path]) -> None:
-    from dataclasses import replace
-
     config = replace(CONFIG, rounds=6, local_epochs=4, start_layer=0)
     untrained = cfe.fit(stores["llama"], prompts(), replace(config, method="none"), evaluation=prompts()["anna"])
     trained = cfe.fit(stores["llama"], prompts(), config, evaluation=prompts()["anna"])
@@ -232,8 +250,6 @@ def test_conversations_are_learned_and_evaluated(stores: dict[str, Path], tmp_pa
     store = with_chat_template(stores["llama"], tmp_path)
     turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "abcabc"}]
     rows = {"anna": [{"messages": turns * 2}] * 6, "ben": [{"messages": turns}] * 3}
-    from dataclasses import replace
-
     config = replace(CONFIG, sequence_length=64, start_layer=0)
     result = cfe.fit(store, rows, config, evaluation=rows["ben"], out=tmp_path / "run")
     assert result.evaluation["token_loss"] is not None
