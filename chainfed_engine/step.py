@@ -284,33 +284,34 @@ class StageTrainer:
         total = _num_targets(batch)
         if total == 0:
             raise InvalidArgument("step: no token of the batch carries a label; drop it or raise sequence_length")
-        for part in self._parts([slice_batch(batch, slice(None))]):
+        for part in self._parts([take_rows(batch, torch.arange(len(batch.sample_ids)))]):
             share = _num_targets(part) / total
             if share:
                 yield part, share
 
     def _parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches in micro-batches: no pass may hold more tokens at once than a step does."""
+        """The batches in micro-batches: no pass may hold more tokens at once than a step does. Sequences of like
+        lengths go together, so that little is padded."""
         for batch in batches:
             count = len(batch.sample_ids)
             size = self.micro_batch or count
             if count <= size:
                 yield batch
                 continue
-            for first in range(0, count, size):
-                yield slice_batch(batch, slice(first, first + size))
+            longest_first = batch.attention_mask.sum(dim=1).argsort(descending=True, stable=True)
+            for rows in torch.split(longest_first, size):
+                yield take_rows(batch, rows)
 
 
-def slice_batch(batch: Batch, rows: slice) -> Batch:
-    """Some sequences of a batch, cut to the longest of them."""
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The sequences `rows` (indices) of a batch, cut to the longest of them."""
     longest = int(batch.attention_mask[rows].sum(dim=1).max())
     labels = batch.labels
     if labels is not None:
         labels = labels[rows, :longest] if labels.ndim == 2 else labels[rows]
     types = None if batch.token_type_ids is None else batch.token_type_ids[rows, :longest]
-    return Batch(
-        batch.input_ids[rows, :longest], batch.attention_mask[rows, :longest], labels, batch.sample_ids[rows], types
-    )
+    names = [batch.sample_ids[row] for row in rows.tolist()]
+    return Batch(batch.input_ids[rows, :longest], batch.attention_mask[rows, :longest], labels, names, types)
 
 
 def _num_targets(batch: Batch) -> int:

@@ -55,6 +55,7 @@ _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
+_FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -139,8 +140,8 @@ def _chosen(request: Request) -> Plan | None:
         return _fastest(request)
     widest = request.window
     for window in range(widest, 0, -1):
-        plan = _fastest(_with_window(request, window))
-        if plan is None or (window > _SLID_WINDOW and not _at_full_speed(request, plan.choices)):
+        plan = _fastest(_with_window(request, window), at_full_speed=window > _SLID_WINDOW)
+        if plan is None:
             continue
         reason = "wider ones learn more; no wider than two thirds of an encoder's layers, half of a causal LM's"
         if window < widest:
@@ -158,15 +159,18 @@ def _with_window(request: Request, window: int) -> Request:
 
 
 def _at_full_speed(request: Request, choices: Choices) -> bool:
-    """Whether a step takes the batch whole, runs no layer twice and keeps the window's layers between steps."""
+    """Whether a step runs no layer twice, keeps the window's layers and takes parts that are no slower than the batch:
+    what large products gain in speed is no more than what parts of like lengths save in padding."""
     stays = choices.num_slots is None or choices.num_slots >= choices.window + _FREE_SLOTS
-    return stays and not choices.recompute and choices.micro_batch == request.config.batch_size
+    is_large = request.part_tokens(choices) >= min(request.batch_tokens, _FULL_SPEED_TOKENS)
+    return stays and not choices.recompute and is_large
 
 
-def _fastest(request: Request) -> Plan | None:
+def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     """The fastest choices within the budget for a given window, None if none fit."""
     budget = request.config.budget_bytes
-    ordered = sorted(_candidates(request), key=lambda choices: _cost(request, choices))
+    candidates = [each for each in _candidates(request) if not at_full_speed or _at_full_speed(request, each)]
+    ordered = sorted(candidates, key=lambda choices: _cost(request, choices))
     plans = [predict(request, choices) for choices in ordered]
     for plan in plans:
         if budget is None or plan.predicted_peak_bytes <= budget:
@@ -233,7 +237,7 @@ def step_seconds(request: Request, choices: Choices) -> float:
     rows = config.batch_size * request.targets * branches(request) if request.task == "causal-lm" else 0
     flops += 4.0 * rows * shape.hidden_size * shape.vocab_size
     parts = -(-config.batch_size // choices.micro_batch)
-    overhead = 0.02 * parts  # a smaller product is a slower one, and every part pays its calls
+    overhead = 0.01 * parts + flops / _FLOPS_A_SECOND * 40 / request.part_tokens(choices)  # calls; smaller products
     read = 0.0
     if choices.num_slots is not None:
         pinned = choices.num_slots >= layers + _FREE_SLOTS
