@@ -26,6 +26,7 @@ from chainfed_engine.memory.parts import (
     adapter_floats,
     branches,
     fill_bytes,
+    keeps_deep_graphs,
     profile_bytes,
     saved_floats,
     solve_bytes,
@@ -55,6 +56,9 @@ _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
+_KEPT_HOLES = (
+    0.75  # of a phase: what blocks of ever other sizes, kept in one heap, leave unused (measured: docs/LOG.md)
+)
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -172,8 +176,19 @@ def _fastest(request: Request) -> Plan | None:
     plans = [predict(request, choices) for choices in ordered]
     for plan in plans:
         if budget is None or plan.predicted_peak_bytes <= budget:
+            plan = _with_kept_heap(request, plan)
             return replace(plan, reasons=_reasons(request, plan, plans))
     return None
+
+
+def _with_kept_heap(request: Request, plan: Plan) -> Plan:
+    """What the budget leaves goes to the heap: steps are faster where freed blocks stay for the next."""
+    if request.device is not None or keeps_deep_graphs(request.config, plan.choices.window):
+        return plan
+    phase = max(size for name, size in plan.parts.items() if name.startswith("largest phase"))
+    kept = predict(request, replace(plan.choices, kept_heap_bytes=phase + int(_KEPT_HOLES * phase)))
+    budget = request.config.budget_bytes
+    return kept if budget is None or kept.predicted_peak_bytes <= budget else plan
 
 
 def _advice(request: Request) -> str | None:
@@ -207,6 +222,8 @@ def predict(request: Request, choices: Choices) -> Plan:
     parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
     parts["libraries at work"] = WORKING_BYTES
     parts["heap"] = HEAP_BYTES
+    if choices.kept_heap_bytes:
+        parts["heap kept for the next step"] = max(0, choices.kept_heap_bytes - phases[highest])
     facts: dict[str, Any] = {}
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
@@ -296,7 +313,7 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
     choices = chosen.choices
 
     def peak_with(**change: Any) -> str:
-        other = replace(choices, **change)
+        other = replace(choices, kept_heap_bytes=0, **change)
         if other.num_slots is None:
             other = replace(other, fill_bytes=RESIDENT_FILL_BYTES[0])
         return format_size(predict(request, other).predicted_peak_bytes)
@@ -323,6 +340,10 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
         reasons["recompute"] = f"layers run again in backward; without, the peak would be {peak_with(recompute=False)}"
     else:
         reasons["recompute"] = "activations fit; nothing runs twice"
+    if choices.kept_heap_bytes:
+        reasons["kept_heap_bytes"] = "freed activations stay for the next step: fresh pages cost time"
+    else:
+        reasons["kept_heap_bytes"] = "freed activations go back at once: no room for holes, or graphs too deep"
     reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
     most = stand_in_row_counts(request)[0]
     if request.config.stand_in_rows is not None and choices.stand_in_rows:

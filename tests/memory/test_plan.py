@@ -91,7 +91,21 @@ def request(budget: int | None, **options: object) -> Request:
 
 def test_without_a_budget_everything_stays_resident() -> None:
     plan = make_plan(request(None))
-    assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024)
+    assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024, plan.choices.kept_heap_bytes)
+
+
+def test_the_heap_keeps_freed_blocks_where_the_budget_has_room_for_them_and_graphs_are_shallow() -> None:
+    free = make_plan(request(None))
+    kept = free.parts["heap kept for the next step"]
+    phase = max(size for name, size in free.parts.items() if name.startswith("largest phase"))
+    assert free.choices.kept_heap_bytes == phase + kept > phase
+    held = make_plan(request(free.predicted_peak_bytes))
+    assert held.choices == free.choices
+    lean = make_plan(request(free.predicted_peak_bytes - 1))
+    assert lean.choices == replace(free.choices, kept_heap_bytes=0), "speed of steps alone must not cost anything else"
+    assert lean.predicted_peak_bytes == free.predicted_peak_bytes - kept
+    assert make_plan(request(None, window=5)).choices.kept_heap_bytes == 0
+    assert make_plan(request(None, method="lora")).choices.kept_heap_bytes == 0
 
 
 def test_a_budget_below_the_model_streams_it_and_the_prediction_keeps_to_it() -> None:
@@ -123,7 +137,7 @@ def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
     config = ChainConfig(window=2, start_layer=0, batch_size=4, sequence_length=128)
     request = Request(SHAPE, SIZES, config, "causal-lm", 400 * MIB)
     foreseeing = replace(request, config=replace(config, foresight_every=1))
-    choices = make_plan(request).choices
+    choices = replace(make_plan(request).choices, kept_heap_bytes=0)
     more = predict(foreseeing, choices).predicted_peak_bytes - predict(request, choices).predicted_peak_bytes
     assert more >= 30 * 4 * 128 * 4096 * 4
 
