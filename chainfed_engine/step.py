@@ -19,7 +19,7 @@ from chainfed_engine.adapters import Adapter, build_adapter
 from chainfed_engine.cache_cipher import CacheCipher
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument, NonFiniteLoss
-from chainfed_engine.memory.lean import KEPT_HEAP_BYTES
+from chainfed_engine.memory.lean import kept_heap_bytes
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import batch_on
@@ -104,7 +104,6 @@ class StageTrainer:
     ) -> None:
         """Load every parameter the stage needs, open the site's cache, start a fresh optimizer."""
         self.end()
-        native.trim_heap()  # holes between the buffers of sequences of other lengths
         self.stage, window = stage, stage.window
         self.parameters.load(arrays)
         origin = window.start if stage.kind == "probe" else int((settings or {}).get("start_layer", window.start))
@@ -158,7 +157,7 @@ class StageTrainer:
             total += float(loss.detach())
             # Blocks of a shorter batch lie in the heap, those of a longer one beside it: free, the first must not stay.
             del hidden, loss
-            native.trim_heap(above_bytes=KEPT_HEAP_BYTES)
+            native.trim_heap(above_bytes=kept_heap_bytes())
         if not math.isfinite(total):
             self.optimizer.zero_grad()
             raise NonFiniteLoss(
@@ -177,10 +176,11 @@ class StageTrainer:
         return self.parameters.export(self.stage.window, classifier=self._trains_classifier)
 
     def end(self) -> None:
-        """Close the site's cache; samples added by `step` stay in it."""
+        """Close the site's cache, in which samples added by `step` stay; what the steps' heap kept goes back."""
         if self._supply is not None:
             self._supply.close()
             self._supply = None
+        native.trim_heap()  # holes between the buffers of sequences of other lengths
 
     def profile(
         self,

@@ -236,8 +236,9 @@ class _Stepper:
         *,
         num_slots: int | None = None,
         batch_size: int = 4,
+        window: int = 2,
     ) -> None:
-        config = ChainConfig(budget=limit, batch_size=batch_size, sequence_length=tokens, stand_in=False)
+        config = ChainConfig(budget=limit, batch_size=batch_size, sequence_length=tokens, stand_in=False, window=window)
         info = StoreInfo.read(store)
         task: TaskKind = "causal-lm" if info.head_shards else "classification"
         self.plan: Plan = plan_for(info, config, task)
@@ -251,7 +252,9 @@ class _Stepper:
         if task == "classification":
             self._batch = replace(self._batch, labels=torch.arange(batch_size) % 2)
         middle = info.num_layers // 2
-        stage = Stage("window", Window(middle, middle + config.window), 0)
+        stage = Stage(
+            "window", Window(min(middle, info.num_layers - window), min(middle, info.num_layers - window) + window), 0
+        )
         self._cache = tempfile.TemporaryDirectory(dir=folder)
         arrays = self._trainer.parameters.export()
         self._trainer.begin(stage, arrays, cache_dir=Path(self._cache.name), lr=1e-3)

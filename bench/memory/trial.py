@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the store for the next trial")
     parser.add_argument("--convert", action="store_true", help="make the store from a checkpoint")
     parser.add_argument("--only", choices=("synth", "convert", "run", "eval"), nargs="*", help="leave the others out")
-    parser.add_argument("--window", type=int, default=2)
+    parser.add_argument("--window", default="auto", help="layers at once (default: the planner's choice)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -85,6 +85,7 @@ def trial(options: argparse.Namespace, folder: Path, store: Path, checkpoint: Pa
     names = {"store": json.dumps(str(store)), "train": json.dumps(str(train)), "eval": json.dumps(str(held_out))}
     budget = options.budget or options.limit
     settings = {name: getattr(options, name) for name in ("window", "rounds", "batch", "tokens", "steps")}
+    settings["window"] = '"auto"' if options.window == "auto" else int(options.window)
     settings["stand_in"] = str(options.stand_in).lower()
     config = folder / "config.toml"
     config.write_text(CONFIG.format(**names, budget=budget, **settings))
@@ -128,12 +129,14 @@ def limited(limit: str, arguments: list[str]) -> dict[str, object]:
 
 
 def last_memory_event(run: Path) -> dict[str, object]:
-    """The figures the run itself wrote last, and the prediction."""
+    """The figures the run itself wrote last, the prediction, and what the planner chose."""
     if not (run / "metrics.jsonl").exists():
         return {}
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     memory = next((event for event in reversed(events) if event["event"] == "memory"), {})
-    return {name: value for name, value in memory.items() if name not in ("event", "round", "rounds")}
+    plan = next((event for event in events if event["event"] == "plan"), {})
+    figures = {name: value for name, value in memory.items() if name not in ("event", "round", "rounds")}
+    return {**figures, "choices": plan.get("choices")}
 
 
 def write_text_rows(path: Path, count: int, *, seed: int) -> None:

@@ -68,11 +68,13 @@ def _termination_interrupts() -> Iterator[None]:
 
 
 def prepare_process() -> None:
-    """Settings that must stand before torch is imported: returned heap goes back to the system, and OpenMP's threads
-    sleep soon after their work instead of spinning on the cores that the native kernels' threads need."""
+    """Settings that must stand before torch is imported: returned heap goes back to the system, torch's large tensors
+    take huge pages where they fill them, and OpenMP's threads sleep soon after their work instead of spinning on the
+    cores that the native kernels' threads need."""
     from chainfed_engine.memory.lean import keep_heap_lean
 
     keep_heap_lean()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # about 10 microseconds
 
 

@@ -14,7 +14,7 @@ import torch
 
 from chainfed_engine import native
 from chainfed_engine.client import Client
-from chainfed_engine.config import END_TO_END, ChainConfig
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.federation.events import plan_event
@@ -23,8 +23,8 @@ from chainfed_engine.federation.run import FitResult, fit
 from chainfed_engine.federation.run_directory import RunDirectory
 from chainfed_engine.federation.transport_local import LocalTransport
 from chainfed_engine.memory.device import DeviceFacts, device_memory_errors, hold_to_budget, peak_device_bytes
-from chainfed_engine.memory.lean import expect_deep_graphs
-from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes
+from chainfed_engine.memory.lean import set_heap
+from chainfed_engine.memory.parts import DataFacts, Request, StoreSizes, keeps_deep_graphs
 from chainfed_engine.memory.plan import Plan, make_plan
 from chainfed_engine.methods import trainer_class
 from chainfed_engine.model.format import StoreInfo
@@ -37,10 +37,6 @@ from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import TaskKind
 
 Event = Mapping[str, Any]
-
-
-# With 4 layers of MiniLM no holes were seen in a heap of large blocks; with 15 of SmolLM2 91 MiB beyond the plan.
-_SHALLOW_WINDOW = 4
 
 
 def plan_for(
@@ -93,9 +89,7 @@ def open_trainer(store: Path, config: ChainConfig, plan: Plan, task: TaskKind, *
     """The frozen model of a store, checked against its checksums, and a trainer for it, as the plan says. A device with
     memory of its own is held to the budget from here on."""
     choices, place = plan.choices, find_place(config.device)
-    trains_window = config.method in ("chain", "top-window")
-    if config.method in END_TO_END or (trains_window and choices.window > _SHALLOW_WINDOW):
-        expect_deep_graphs()
+    set_heap(choices.kept_heap_bytes, deep_graphs=keeps_deep_graphs(config, choices.window))
     native.set_num_threads(torch.get_num_threads())
     if place.index is not None and not place.is_unified and config.budget_bytes is not None:
         hold_to_budget(place.index, config.budget_bytes)

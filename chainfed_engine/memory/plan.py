@@ -26,6 +26,7 @@ from chainfed_engine.memory.parts import (
     adapter_floats,
     branches,
     fill_bytes,
+    keeps_deep_graphs,
     profile_bytes,
     saved_floats,
     solve_bytes,
@@ -56,6 +57,10 @@ _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step fas
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
 _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
+_KEPT_HOLES = 0.75  # of a phase: what blocks of ever other sizes, kept in one heap, leave unused (docs/LOG.md)
+# Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
+# many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
+_LEAN_SLOWDOWN, _DEEP_LEAN_SLOWDOWN = 1.3, 1.6
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
 
@@ -170,12 +175,24 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     """The fastest choices within the budget for a given window, None if none fit."""
     budget = request.config.budget_bytes
     candidates = [each for each in _candidates(request) if not at_full_speed or _at_full_speed(request, each)]
-    ordered = sorted(candidates, key=lambda choices: _cost(request, choices))
-    plans = [predict(request, choices) for choices in ordered]
-    for plan in plans:
+    is_deep = keeps_deep_graphs(request.config, request.window)
+    lean = _DEEP_LEAN_SLOWDOWN if is_deep else _LEAN_SLOWDOWN
+    ordered = [(_cost(request, choices) * lean, False, choices) for choices in candidates]
+    if request.device is None:
+        ordered += [(cost / lean, True, choices) for cost, _, choices in ordered]
+    for _, keeps_heap, choices in sorted(ordered, key=lambda each: each[0]):
+        plan = predict(request, choices)
+        if keeps_heap:
+            plan = _with_kept_heap(request, plan)
         if budget is None or plan.predicted_peak_bytes <= budget:
-            return replace(plan, reasons=_reasons(request, plan, plans))
+            return replace(plan, reasons=_reasons(request, plan))
     return None
+
+
+def _with_kept_heap(request: Request, plan: Plan) -> Plan:
+    """The plan whose steps leave freed blocks in the heap for the next: faster than giving them back."""
+    phase = max(size for name, size in plan.parts.items() if name.startswith("largest phase"))
+    return predict(request, replace(plan.choices, kept_heap_bytes=phase + int(_KEPT_HOLES * phase)))
 
 
 def _advice(request: Request, chosen: Plan) -> str | None:
@@ -211,6 +228,8 @@ def predict(request: Request, choices: Choices) -> Plan:
     parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
     parts["libraries at work"] = WORKING_BYTES
     parts["heap"] = HEAP_BYTES
+    if choices.kept_heap_bytes:
+        parts["heap kept for the next step"] = max(0, choices.kept_heap_bytes - phases[highest])
     facts: dict[str, Any] = {}
     if request.device is not None:
         parts, host_bytes = parts_on_device(request, choices, parts)
@@ -233,7 +252,7 @@ def step_seconds(request: Request, choices: Choices) -> float:
     """Nominal time of one optimizer step and its share of the prefix, for ordering candidates."""
     shape, config, layers = request.shape, request.config, max(request.window_layers, 1)
     weights = request.sizes.layer_bytes / max(request.sizes.num_layers, 1)
-    flops = request.batch_tokens * layers * weights * 2 * (4 + 2 * int(choices.recompute))
+    flops = request.batch_tokens * layers * weights * 2 * (4 + int(choices.recompute))
     rows = config.batch_size * request.targets * branches(request) if request.task == "causal-lm" else 0
     flops += 4.0 * rows * shape.hidden_size * shape.vocab_size
     parts = -(-config.batch_size // choices.micro_batch)
@@ -295,12 +314,12 @@ def _candidates(request: Request) -> Iterator[Choices]:
                         yield Choices(request.window, num_slots, micro_batch, recompute, cache_format, held, rows)
 
 
-def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str]:
+def _reasons(request: Request, chosen: Plan) -> dict[str, str]:
     """Why each choice is as it is: for what was given up, the peak that the alternative would have had."""
     choices = chosen.choices
 
     def peak_with(**change: Any) -> str:
-        other = replace(choices, **change)
+        other = replace(choices, kept_heap_bytes=0, **change)
         if other.num_slots is None:
             other = replace(other, fill_bytes=RESIDENT_FILL_BYTES[0])
         return format_size(predict(request, other).predicted_peak_bytes)
@@ -327,6 +346,10 @@ def _reasons(request: Request, chosen: Plan, plans: list[Plan]) -> dict[str, str
         reasons["recompute"] = f"layers run again in backward; without, the peak would be {peak_with(recompute=False)}"
     else:
         reasons["recompute"] = "activations fit; nothing runs twice"
+    if choices.kept_heap_bytes:
+        reasons["kept_heap_bytes"] = "freed activations stay for the next step: fresh pages cost time"
+    else:
+        reasons["kept_heap_bytes"] = "freed activations go back at once: no room for holes, or graphs too deep"
     reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
     most = stand_in_row_counts(request)[0]
     if request.config.stand_in_rows is not None and choices.stand_in_rows:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chainfed_engine import native
 from chainfed_engine.adapters import Adapter, Bottleneck
-from chainfed_engine.memory.lean import KEPT_HEAP_BYTES
+from chainfed_engine.memory.lean import kept_heap_bytes
 from chainfed_engine.model.families.base import LayerContext
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import stream_of
@@ -89,7 +89,7 @@ class Prefix:
         for index, batch in enumerate(chunk):
             state, hidden[index] = hidden[index], torch.empty(0)
             yield batch, state
-        native.trim_heap(above_bytes=KEPT_HEAP_BYTES)  # buffers of ever other lengths would touch the whole heap
+        native.trim_heap(above_bytes=kept_heap_bytes())  # buffers of ever other lengths would touch the whole heap
 
     def _encode(self, hidden: Tensor, batch: Batch, layer: int) -> tuple[list[int], Tensor]:
         rows, lengths = token_rows(batch)

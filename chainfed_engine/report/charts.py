@@ -12,6 +12,7 @@ from chainfed_engine.sizes import format_size
 
 _BAR_LEFT = 150
 _MAX_COLUMNS = 120
+_MOST_SQUEEZED = 1.5  # a bar takes at least two thirds of its frame's width, wherever the budget lies
 _MIB, _MB = float(1 << 20), 1e6
 OTHER = "other parts"
 
@@ -241,9 +242,10 @@ def _bars(
     shown: Callable[[float], str],
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Horizontal stacked bars, each with its total; `marks`: vertical lines with a name above them."""
-    totals = [sum(values.values()) for _, values in rows]
-    highest = max([*totals, *(value for value, _ in marks)]) or 1.0
+    """Horizontal stacked bars, each with its total; `marks`: vertical lines with a name above them, the name alone
+    where the line would squeeze the bars."""
+    widest = max(sum(values.values()) for _, values in rows) or 1.0
+    highest = max([widest, *(value for value, _ in marks if value <= _MOST_SQUEEZED * widest)])
     height = svg.TOP + svg.BOTTOM + 34 * len(rows) + 18 * len(marks)
     frame = svg.Frame(
         (0, 1.16 * highest), (len(rows), 0), x_label=unit, y_label="", y_ticks=(), x_ticks=svg.labelled(0, highest),
@@ -259,7 +261,11 @@ def _bars(
         frame.add(svg.text(_BAR_LEFT - 8, frame.y(row + 0.5) + 4, svg.shortened(name), "end"))
         frame.add(svg.text(frame.x(start) + 6, frame.y(row + 0.5) + 4, shown(start), "start", "value"))
     for index, (value, label) in enumerate(marks):
-        frame.vertical(value, label, above=index + 1)
+        if value <= highest:
+            frame.vertical(value, label, above=index + 1)
+        else:
+            at = frame.top - 18 * (index + 1) + 13
+            frame.add(svg.text(frame.x(1.16 * highest), at, f"{label}, beyond this scale →", "end", "note"))
     return frame.svg(", ".join(name for name, _ in rows))
 
 

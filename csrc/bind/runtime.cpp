@@ -4,9 +4,12 @@
 
 #ifdef __GLIBC__
 #include <malloc.h>
+#include <unistd.h>
 #endif
 
+#include <atomic>
 #include <cstddef>
+#include <fstream>
 #include <optional>
 #include <string>
 #include <vector>
@@ -51,12 +54,28 @@ std::string set_level(const std::optional<std::string>& level) {
   return simd_level_name(simd_level());
 }
 
+#ifdef __GLIBC__
+/** Resident memory that no file backs; 0 where the kernel does not tell. */
+std::size_t anonymous_bytes() {
+  std::size_t pages[3] = {};
+  std::ifstream statm("/proc/self/statm");
+  if (!(statm >> pages[0] >> pages[1] >> pages[2])) return 0;
+  return (pages[1] - pages[2]) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+#endif
+
+/** With `above_bytes`: only once that much more is resident than after the last time. What malloc counts as free would
+ *  not do: pages that were given back stay in its count. */
 void trim_heap(std::size_t above_bytes) {
 #ifdef __GLIBC__
-#if __GLIBC_PREREQ(2, 33)
-  if (above_bytes > 0 && mallinfo2().fordblks <= above_bytes) return;
-#endif
+  static std::atomic<std::size_t> least{0};
+  if (above_bytes > 0) {
+    const std::size_t now = anonymous_bytes();
+    if (now < least) least = now;
+    if (now > 0 && now <= least + above_bytes) return;
+  }
   malloc_trim(0);
+  least = anonymous_bytes();
 #endif
 }
 

@@ -16,7 +16,9 @@ from chainfed_engine.model.place import CPU, Place
 
 CONFIG = ChainConfig(budget=5 << 30, device="cuda:1")
 PLAN: Any = SimpleNamespace(
-    predicted_peak_bytes=3 << 30, smallest_budget_bytes=1 << 30, choices=SimpleNamespace(window=2, num_slots=None)
+    predicted_peak_bytes=3 << 30,
+    smallest_budget_bytes=1 << 30,
+    choices=SimpleNamespace(window=2, num_slots=None, kept_heap_bytes=0),
 )
 
 
@@ -49,18 +51,22 @@ def test_torch_is_held_to_the_budget_before_the_store_is_opened(
     ("method", "window", "deep"),
     [("chain", 4, False), ("chain", 5, True), ("linear-probe", 5, False), ("full-adapters", 2, True)],
 )
-def test_the_heap_is_told_of_deep_graphs(monkeypatch: pytest.MonkeyPatch, method: Any, window: int, deep: bool) -> None:
-    told: list[bool] = []
+def test_the_heap_is_told_what_it_may_keep_and_of_deep_graphs(
+    monkeypatch: pytest.MonkeyPatch, method: Any, window: int, deep: bool
+) -> None:
+    told: list[tuple[int, bool]] = []
 
     def stop(*_: object, **named: Any) -> None:
         raise torch.OutOfMemoryError("enough")
 
-    monkeypatch.setattr(session, "expect_deep_graphs", lambda: told.append(True))
+    monkeypatch.setattr(session, "set_heap", lambda kept, *, deep_graphs: told.append((kept, deep_graphs)))
     monkeypatch.setattr(session.LayerStore, "open", stop)
-    plan = SimpleNamespace(**{**vars(PLAN), "choices": SimpleNamespace(window=window, num_slots=None)})
+    plan = SimpleNamespace(
+        **{**vars(PLAN), "choices": SimpleNamespace(window=window, num_slots=None, kept_heap_bytes=7)}
+    )
     with pytest.raises(MemoryBudgetExceeded):
         open_trainer(Path("store"), ChainConfig(method=method), plan, "classification", num_labels=2)  # type: ignore[arg-type]
-    assert told == [True] * deep
+    assert told == [(7, deep)]
 
 
 @pytest.mark.parametrize("unified", [False, True])

@@ -42,10 +42,10 @@ EVERY_SECOND = """
 import ctypes, sys
 from chainfed_engine.memory import lean
 from chainfed_engine.memory.meter import rss_bytes
-assert not lean.expect_deep_graphs()  # nobody has asked for a lean heap
+assert not lean.set_heap(deep_graphs=True)  # nobody has asked for a lean heap
 assert lean.keep_heap_lean()
 if sys.argv[1] == "deep":
-    assert lean.expect_deep_graphs()
+    assert lean.set_heap(deep_graphs=True)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]
@@ -57,6 +57,42 @@ before = rss_bytes()
 for block in blocks[::2]:
     libc.free(block)
 print(before - rss_bytes())
+"""
+
+# 30 blocks of 2 MiB between kept ones, freed: what stays with the process at once, after trimming from 100 MiB on, and
+# from 8 MiB on; then the same again, since pages that went back must not count as free ones.
+KEPT = """
+import ctypes, sys
+from chainfed_engine import native
+from chainfed_engine.memory import lean
+from chainfed_engine.memory.meter import rss_bytes
+assert lean.keep_heap_lean()
+if sys.argv[1] == "kept":
+    assert lean.set_heap(100 << 20)
+assert lean.kept_heap_bytes() == (100 << 20 if sys.argv[1] == "kept" else 8 << 20)
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+native.trim_heap()
+pins = []
+def round():
+    before = rss_bytes()
+    blocks = []
+    for _ in range(30):
+        block = libc.malloc(2 << 20)
+        ctypes.memset(block, 1, 2 << 20)
+        blocks.append(block)
+        pins.append(libc.malloc(1 << 10))
+    for block in blocks:
+        libc.free(block)
+    print(rss_bytes() - before)
+    native.trim_heap(above_bytes=100 << 20)
+    print(rss_bytes() - before)
+    native.trim_heap(above_bytes=8 << 20)
+    print(rss_bytes() - before)
+round()
+round()
 """
 
 THREADS = """
@@ -106,6 +142,13 @@ def test_between_kept_blocks_smaller_ones_leave_as_well_where_graphs_are_deep() 
     freed = 100 * (300 << 10)
     assert run_script(EVERY_SECOND, "lean")[0] < freed // 4
     assert run_script(EVERY_SECOND, "deep")[0] > freed - freed // 4
+
+
+def test_a_heap_that_may_keep_blocks_does_until_more_is_resident_than_it_may() -> None:
+    for freed, above_more, above_less in zip(*[iter(run_script(KEPT, "kept"))] * 3, strict=True):
+        assert freed > 55 * MIB and above_more > 55 * MIB
+        assert above_less < 8 * MIB
+    assert max(run_script(KEPT, "lean")) < 8 * MIB
 
 
 def test_threads_share_few_arenas() -> None:

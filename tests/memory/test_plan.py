@@ -91,9 +91,21 @@ def request(budget: int | None, **options: object) -> Request:
 
 def test_without_a_budget_everything_stays_resident() -> None:
     plan = make_plan(request(None))
-    assert plan.choices == Choices(16, None, 4, False, "int8", 4 * MIB, 0)  # half of the layers, at the top
+    kept = plan.choices.kept_heap_bytes
+    assert plan.choices == Choices(16, None, 4, False, "int8", 4 * MIB, 0, kept)  # half of the layers, at the top
     plan = make_plan(request(None, window=2))
-    assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024)
+    assert plan.choices == Choices(2, None, 4, False, "int8", 4 * MIB, 1024, plan.choices.kept_heap_bytes)
+
+
+def test_the_heap_keeps_freed_blocks_where_the_budget_has_room_for_them() -> None:
+    free = make_plan(request(None, window=2))
+    kept = free.parts["heap kept for the next step"]
+    phase = max(size for name, size in free.parts.items() if name.startswith("largest phase"))
+    assert free.choices.kept_heap_bytes == phase + kept > phase
+    held = make_plan(request(free.predicted_peak_bytes, window=2))
+    assert held.choices == free.choices
+    least = make_plan(request(free.smallest_budget_bytes, window=2))
+    assert least.choices.kept_heap_bytes == 0
 
 
 def test_a_budget_below_the_model_streams_it_and_the_prediction_keeps_to_it() -> None:
@@ -125,7 +137,7 @@ def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
     config = ChainConfig(window=2, start_layer=0, batch_size=4, sequence_length=128)
     request = Request(SHAPE, SIZES, config, "causal-lm", 400 * MIB)
     foreseeing = replace(request, config=replace(config, foresight_every=1))
-    choices = make_plan(request).choices
+    choices = replace(make_plan(request).choices, kept_heap_bytes=0)
     more = predict(foreseeing, choices).predicted_peak_bytes - predict(request, choices).predicted_peak_bytes
     assert more >= 30 * 4 * 128 * 4096 * 4
 
@@ -218,6 +230,13 @@ def test_a_window_left_open_is_two_thirds_of_the_layers_or_as_many_as_slow_no_st
     assert "without slowing steps down" in narrower.reasons["window"]
     assert not narrower.choices.recompute
     assert narrower.choices.micro_batch * 128 >= 256  # parts no smaller than products are fast
+
+
+def test_parts_with_a_kept_heap_go_before_the_whole_batch_with_a_lean_one() -> None:
+    free = encoder_plan(None)
+    held = encoder_plan(free.predicted_peak_bytes - free.parts["heap kept for the next step"])
+    assert held.choices.kept_heap_bytes > 0
+    assert held.choices.window == free.choices.window and held.choices.micro_batch < free.choices.micro_batch
 
 
 def test_a_window_left_open_slides_under_a_tight_budget_and_the_refusal_names_what_its_narrowest_needs() -> None:

@@ -1,6 +1,7 @@
 """The page about runs in every state: finished, unfinished, resumed, without evaluation, damaged, hostile."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -119,6 +120,20 @@ def test_a_whole_run_shows_every_plot_and_its_figures(tmp_path: Path) -> None:
     assert "interpreter with torch 300.0 MiB" in texts, "the legend has the sizes: small parts are slivers"
     assert "round 1, other: 0.5 seconds" in texts
     assert "prefers-color-scheme: dark" in page and "stroke-dasharray" in page
+
+
+def test_a_budget_far_above_the_peak_does_not_squeeze_the_bars(tmp_path: Path) -> None:
+    def width_of_bar(budget: int) -> tuple[float, list[str]]:
+        events = [{**event, "budget": budget} if event["event"] == "plan" else event for event in whole_run()]
+        page, texts = page_of(write_run(tmp_path / f"run-{budget}", events))
+        bar = re.search(r'width="([0-9.]+)" height="[0-9.]+"><title>predicted, interpreter with torch', page)
+        assert bar is not None
+        return float(bar[1]), texts
+
+    near, _ = width_of_bar(512 * MIB)
+    far, texts = width_of_bar(64 * 1024 * MIB)
+    assert far >= near
+    assert "budget 64.0 GiB, beyond this scale →" in texts
 
 
 def test_an_unfinished_run_without_evaluation_says_so(tmp_path: Path) -> None:
