@@ -40,11 +40,13 @@ def with_own_window(config: RunConfig, out: Path, *, resume: bool) -> RunConfig:
 def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: EncodedData | None) -> Plan:
     """The run's plan, its samples counted in; nothing is written or allocated before it."""
     parts = [*clients.values(), *([evaluation] if evaluation is not None else [])]
+    samples = sum(len(part) for part in clients.values())
     chain, largest = config.chain, max((part.num_tokens for part in parts), default=0)
     if chain.max_local_steps:
         largest = min(largest, chain.max_local_steps * chain.batch_size * chain.sequence_length)
     facts = DataFacts(
         longest_tokens=max((len(ids) for part in parts for ids in part.input_ids), default=None),
+        mean_tokens=sum(part.num_tokens for part in clients.values()) / samples if samples else None,
         most_targets=max((part.most_targets for part in parts), default=None),
         largest_client_samples=max((len(part) for part in clients.values()), default=0),
         evaluation_samples=0 if evaluation is None else len(evaluation),

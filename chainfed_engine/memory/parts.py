@@ -67,6 +67,7 @@ class DataFacts:
     """What is known of the samples. None: the configuration's largest."""
 
     longest_tokens: int | None = None  # of a sample
+    mean_tokens: float | None = None  # of a training sample
     most_targets: int | None = None  # labelled tokens of a sample (causal LM)
     largest_client_samples: int | None = None
     evaluation_samples: int | None = None

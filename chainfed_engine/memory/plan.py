@@ -56,8 +56,12 @@ _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
+_TOKENS_AT_HALF_SPEED = 40  # in one product
+_PADDING = 0.7  # of a random batch, relative to that of samples of mean length beside the longest of all
 _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
-_KEPT_HOLES = 0.75  # of a phase: what blocks of ever other sizes, kept in one heap, leave unused (docs/LOG.md)
+# Of a phase: what blocks of ever other sizes, kept in one heap, leave unused; with the activations of many layers
+# 0.75 to 1.0 was seen (docs/LOG.md).
+_KEPT_HOLES, _DEEP_KEPT_HOLES = 0.75, 1.1
 # Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
 # many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
 _LEAN_SLOWDOWN, _DEEP_LEAN_SLOWDOWN = 1.3, 1.6
@@ -192,7 +196,9 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
 def _with_kept_heap(request: Request, plan: Plan) -> Plan:
     """The plan whose steps leave freed blocks in the heap for the next: faster than giving them back."""
     phase = max(size for name, size in plan.parts.items() if name.startswith("largest phase"))
-    return predict(request, replace(plan.choices, kept_heap_bytes=phase + int(_KEPT_HOLES * phase)))
+    is_deep = keeps_deep_graphs(request.config, plan.choices.window)
+    holes = _DEEP_KEPT_HOLES if is_deep else _KEPT_HOLES
+    return predict(request, replace(plan.choices, kept_heap_bytes=phase + int(holes * phase)))
 
 
 def _advice(request: Request, chosen: Plan) -> str | None:
@@ -256,7 +262,11 @@ def step_seconds(request: Request, choices: Choices) -> float:
     rows = config.batch_size * request.targets * branches(request) if request.task == "causal-lm" else 0
     flops += 4.0 * rows * shape.hidden_size * shape.vocab_size
     parts = -(-config.batch_size // choices.micro_batch)
-    overhead = 0.01 * parts + flops / _FLOPS_A_SECOND * 40 / request.part_tokens(choices)  # calls; smaller products
+    # Parts of like lengths are padded less; smaller products are slower; every part pays its calls.
+    mean = min(request.facts.mean_tokens or request.tokens, request.tokens)
+    flops *= 1 - _PADDING * (1 - mean / request.tokens) * (1 - 1 / parts)
+    flops *= 1 + _TOKENS_AT_HALF_SPEED / (request.part_samples(choices) * mean)
+    overhead = 0.01 * parts
     read = 0.0
     if choices.num_slots is not None:
         pinned = choices.num_slots >= layers + _FREE_SLOTS
