@@ -7,7 +7,7 @@ overlap: of a pass over all layers, max(seconds of computing alone, seconds insi
 budget: seconds of a step under a budget that holds the whole store / without a budget
 depth: seconds of a cached window step, layers streamed, at 64 layers / at 8 of the same width
 rounds: resident memory of a federation (MiniLM, reviews of 16 films) after 200 rounds / after 10
-heap: seconds of a cached step with the engine's allocator settings and trimming / with neither
+heap: seconds of a cached step as a plan without a budget sets up the heap / with glibc's own settings, never trimmed
 Sides take turns and medians are compared, so that a busy minute hits both. Prints one JSON line a part.
 """
 
@@ -36,7 +36,7 @@ import chainfed_engine as cfe
 from chainfed_engine import native
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.federation.session import open_trainer, plan_for
-from chainfed_engine.memory.lean import keep_heap_lean
+from chainfed_engine.memory.lean import keep_heap_lean, set_heap
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
@@ -198,30 +198,32 @@ def heap(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _store("smollm2-135m", folder / "smollm2-135m-store").close()
     for name, tokens in (("minilm", 64), ("smollm2-135m", 128)):
         stepper = _Stepper(folder / f"{name}-store", None, tokens, folder, batch_size=16 if name == "minilm" else 4)
-        sides = [lambda lean=lean, step=stepper.step: _with_heap(lean, step) for lean in (True, False)]  # type: ignore[misc]
-        lean, plain = _by_turns(sides, 4 * options.repeats)
+        kept = stepper.plan.choices.kept_heap_bytes
+        planned, plain = _by_turns(
+            [stepper.step, lambda step=stepper.step, kept=kept: _with_plain_heap(step, kept)],  # type: ignore[misc]
+            4 * options.repeats,
+        )
         stepper.close()
         figures[name] = {
-            "lean_ms": round(1e3 * lean, 2),
+            "planned_ms": round(1e3 * planned, 2),
             "plain_ms": round(1e3 * plain, 2),
-            "ratio": round(lean / plain, 3),
+            "ratio": round(planned / plain, 3),
         }
     return figures
 
 
-def _with_heap(lean: bool, run: Callable[[], object]) -> None:
-    """`run` with the engine's allocator settings and trimming, or with what glibc ends at by itself (large blocks
-    kept in the heap, nothing given back) and `trim_heap` left out."""
+def _with_plain_heap(run: Callable[[], object], kept_bytes: int) -> None:
+    """`run` with what glibc ends at by itself (large blocks kept in the heap, nothing given back) and `trim_heap` left
+    out; then the heap of a plan again that keeps `kept_bytes`."""
     mallopt, trim = ctypes.CDLL(None).mallopt, native.trim_heap
-    if not lean:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
-        native.trim_heap = lambda above_bytes=0: None
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+    native.trim_heap = lambda above_bytes=0: None
     try:
         run()
     finally:
         native.trim_heap = trim
-        keep_heap_lean()
+        set_heap(kept_bytes)
 
 
 class _Stepper:

@@ -59,9 +59,9 @@ _START_UP = "start-up, beyond all of this"  # the part that is there where start
 _TOKENS_AT_HALF_SPEED = 40  # in one product
 _PADDING = 0.7  # of a random batch, relative to that of samples of mean length beside the longest of all
 _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
-# Of a phase: what blocks of ever other sizes, kept in one heap, leave unused; with the activations of many layers
-# 0.75 to 1.0 was seen (docs/LOG.md).
-_KEPT_HOLES, _DEEP_KEPT_HOLES = 0.75, 1.1
+# Of a phase: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to 1.0 with the
+# activations of many layers; trimmed beyond it).
+_KEPT_HOLES, _DEEP_KEPT_HOLES = 0.6, 1.0
 # Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
 # many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
 _LEAN_SLOWDOWN, _DEEP_LEAN_SLOWDOWN = 1.3, 1.6

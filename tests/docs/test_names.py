@@ -116,11 +116,11 @@ def test_the_parts_of_the_page_on_budgets_are_those_of_a_plan() -> None:
     told = {name for cell in re.findall(r"^\| (`[^|]*) \|", rows[0], flags=re.M) for name in CODE.findall(cell)}
     shape = ModelShape("llama", 4, 64, 128, 4, 4, 16, 300, 64)
     sizes = StoreSizes(4 << 20, 1 << 20, 1 << 20, 1 << 20, 4, 1)
-    request = Request(shape, sizes, ChainConfig(), "causal-lm", 1, startup_bytes=1 << 40)
+    request = Request(shape, sizes, ChainConfig(), "causal-lm", 1, startup_bytes=1 << 42)
     found = {
         part.split(" (")[0]
-        for num_slots in (None, 2)
-        for part in predict(request, Choices(2, num_slots, 1, False, "int8", 1 << 20)).parts
+        for num_slots, kept in ((None, 1 << 40), (2, 0))
+        for part in predict(request, Choices(2, num_slots, 1, False, "int8", 1 << 20, 0, kept)).parts
     }
     assert told == found
 
