@@ -56,7 +56,7 @@ _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
 _START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
-# Of a phase: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured; trimmed beyond it).
+# Of what a step holds: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8; trimmed beyond it).
 _KEPT_HOLES = 0.6
 _FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
 
@@ -184,8 +184,8 @@ def _with_kept_heap(request: Request, plan: Plan) -> Plan:
     """What the budget leaves goes to the heap: steps are faster where freed blocks stay for the next."""
     if request.device is not None or keeps_deep_graphs(request.config, plan.choices.window):
         return plan
-    phase = max(size for name, size in plan.parts.items() if name.startswith("largest phase"))
-    kept = predict(request, replace(plan.choices, kept_heap_bytes=phase + int(_KEPT_HOLES * phase)))
+    step = step_bytes(request, plan.choices)
+    kept = predict(request, replace(plan.choices, kept_heap_bytes=int((1 + _KEPT_HOLES) * step)))
     budget = request.config.budget_bytes
     return kept if budget is None or kept.predicted_peak_bytes <= budget else plan
 
