@@ -59,8 +59,8 @@ _START_UP = "start-up, beyond all of this"  # the part that is there where start
 _TOKENS_AT_HALF_SPEED = 40  # in one product
 _PADDING = 0.7  # of a random batch, relative to that of samples of mean length beside the longest of all
 _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
-# Of a phase: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to 1.0 with the
-# activations of many layers; trimmed beyond it).
+# Of what a step holds: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to 1.0
+# with the activations of many layers; trimmed beyond it).
 _KEPT_HOLES, _DEEP_KEPT_HOLES = 0.6, 1.0
 # Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
 # many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
@@ -195,10 +195,10 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
 
 def _with_kept_heap(request: Request, plan: Plan) -> Plan:
     """The plan whose steps leave freed blocks in the heap for the next: faster than giving them back."""
-    phase = max(size for name, size in plan.parts.items() if name.startswith("largest phase"))
     is_deep = keeps_deep_graphs(request.config, plan.choices.window)
     holes = _DEEP_KEPT_HOLES if is_deep else _KEPT_HOLES
-    return predict(request, replace(plan.choices, kept_heap_bytes=phase + int(holes * phase)))
+    kept_bytes = int((1 + holes) * step_bytes(request, plan.choices))
+    return predict(request, replace(plan.choices, kept_heap_bytes=kept_bytes))
 
 
 def _advice(request: Request, chosen: Plan) -> str | None:
