@@ -1,7 +1,6 @@
 """The invariants that make a stage trustworthy, on tiny random models of transformers' own classes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,16 +207,6 @@ def test_micro_batches_add_up_to_the_batch(
         losses.append(updates(one, labelled)[0])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
-
-
-def test_micro_batches_take_sequences_of_like_lengths(checkpoint: Callable[..., Checkpoint]) -> None:
-    one = trainer(checkpoint("bert"), labels=3, micro_batch=2)
-    batch = replace(make_batch([5, 17, 6, 15, 3]), labels=torch.tensor([0, 1, 2, 0, 1]))
-    parts = list(one._parts([batch]))
-    assert [part.attention_mask.sum(dim=1).tolist() for part in parts] == [[17, 15], [6, 5], [3]]
-    assert [part.input_ids.shape[1] for part in parts] == [17, 6, 3]
-    assert [name for part in parts for name in part.sample_ids] == [batch.sample_ids[row] for row in (1, 3, 2, 0, 4)]
-    assert torch.cat([part.labels for part in parts if part.labels is not None]).tolist() == [1, 0, 2, 0, 1]
 
 
 def test_window_of_all_layers_is_ordinary_adapter_training_in_torch(
