@@ -200,7 +200,8 @@ def step_bytes(request: Request, choices: Choices) -> int:
     tokens, targets = request.part_tokens(choices), request.part_samples(choices) * request.targets
     adapter, inside = width + 2 * config.adapter_size, config.adapter == "lora"
     saved = saved_floats(shape) + adapter + _statistics_floats(shape)
-    again = saved + _expanded(shape) + width + _statistics_floats(shape)  # a layer that backward runs again
+    # A layer that backward runs again; nothing follows its feed-forward part where the adapter is inside.
+    again = saved + _expanded(shape) + (1 + (inside and is_decoder(shape))) * width + _statistics_floats(shape)
     if config.method in FORWARD_ONLY or not layers:
         kept = backward = 0
         at_head = width

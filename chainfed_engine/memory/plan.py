@@ -62,6 +62,7 @@ _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 
 # Of what a step holds: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to 1.0
 # with the activations of many layers; trimmed beyond it).
 _KEPT_HOLES, _DEEP_KEPT_HOLES = 0.6, 1.0
+_LEAST_KEPT_STEP = 24 * MIB  # the blocks of smaller ones stay in a lean heap too
 # Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
 # many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
 _LEAN_SLOWDOWN, _DEEP_LEAN_SLOWDOWN = 1.3, 1.6
@@ -181,9 +182,12 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     candidates = [each for each in _candidates(request) if not at_full_speed or _at_full_speed(request, each)]
     is_deep = keeps_deep_graphs(request.config, request.window)
     lean = _DEEP_LEAN_SLOWDOWN if is_deep else _LEAN_SLOWDOWN
-    ordered = [(_cost(request, choices) * lean, False, choices) for choices in candidates]
-    if request.device is None:
-        ordered += [(cost / lean, True, choices) for cost, _, choices in ordered]
+    ordered: list[tuple[float, bool, Choices]] = []
+    for choices in candidates:
+        cost = _cost(request, choices)
+        may_keep = request.device is None and step_bytes(request, choices) >= _LEAST_KEPT_STEP
+        ordered.append((cost * lean if may_keep else cost, False, choices))
+        ordered += [(cost, True, choices)] * may_keep
     for _, keeps_heap, choices in sorted(ordered, key=lambda each: each[0]):
         plan = predict(request, choices)
         if keeps_heap:

@@ -21,6 +21,22 @@ family.layer(config, 0)
 family.embeddings(config)
 print(*[name for name in sys.argv[2:] if name in sys.modules])
 """
+RECOMPUTED = """
+import sys, torch
+from chainfed_engine.window import _Recomputed
+hidden = torch.ones(2, 3, 4, requires_grad=True)
+adapter = torch.nn.Linear(4, 4)
+layer = lambda hidden, context, adapter: hidden + torch.tanh(adapter(hidden))
+again = _Recomputed.apply(layer, adapter, None, hidden, *adapter.parameters())
+grad = torch.arange(24.0).reshape(2, 3, 4)
+(again * grad).sum().backward()
+grads = [hidden.grad.clone(), *(parameter.grad.clone() for parameter in adapter.parameters())]
+hidden.grad = None
+adapter.zero_grad()
+(layer(hidden, None, adapter) * grad).sum().backward()
+assert all(map(torch.equal, grads, [hidden.grad, *(parameter.grad for parameter in adapter.parameters())]))
+print(*[name for name in sys.argv[1:] if name in sys.modules])
+"""
 AFTERWARDS = """
 import sys, torch
 import chainfed_engine.model.families as families
@@ -75,6 +91,10 @@ print(wave.Wave_read)
 @pytest.mark.parametrize("architecture", ["llama", "bert"])
 def test_a_family_and_its_modules_come_without_what_a_run_never_calls(architecture: str) -> None:
     assert run_script(LEAN, architecture, *HEAVY) == ""
+
+
+def test_a_layer_that_runs_again_has_its_gradients_and_imports_no_symbolic_algebra() -> None:
+    assert run_script(RECOMPUTED, *HEAVY) == ""
 
 
 def test_what_was_deferred_works_for_whoever_uses_it_later() -> None:
