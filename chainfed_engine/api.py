@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
-from chainfed_engine.errors import DataError, StorageError
+from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels, with_own_window
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
@@ -250,15 +250,18 @@ def _plan(
     """The run's plan, and the clients whose own memory cannot hold the method, by that plan's prediction, with the
     bytes that they have. A window left open is as wide as leaves as few out as can be (the paper's own rule)."""
     plan, sizes = plan_run(config, clients, evaluation), _client_budgets(config, table, clients)
+    if not sizes:
+        return plan, {}
     plans = [plan]
     if config.chain.window is None and config.chain.method in ("chain", "top-window"):
         for window in range(plan.choices.window - 1, 0, -1):
-            if plans[-1].predicted_peak_bytes <= min(sizes.values(), default=plan.predicted_peak_bytes):
+            if plans[-1].predicted_peak_bytes <= min(sizes.values()):
                 break
             narrower = replace(config, chain=replace(config.chain, window=window))
-            plans.append(plan_run(narrower, clients, evaluation))
+            with suppress(MemoryBudgetExceeded):  # one that slides needs stand-ins, which one at the top does without
+                plans.append(plan_run(narrower, clients, evaluation))
     plan = min(plans, key=lambda one: sum(size < one.predicted_peak_bytes for size in sizes.values()))
-    return plan, budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method) if sizes else {}
+    return plan, budgets.left_out(sizes, plan.predicted_peak_bytes, config.chain.method)
 
 
 def _client_budgets(config: RunConfig, table: Table, clients: Mapping[str, EncodedData]) -> dict[str, int]:

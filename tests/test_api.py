@@ -106,13 +106,15 @@ def test_clients_whose_memory_cannot_hold_the_method_are_left_out(stores: dict[s
 
 @pytest.mark.parametrize(
     ("memory", "window", "left_out"),
-    [("350MiB, 1GiB", 3, 0), ("150MiB, 350MiB", 3, 2), ("1GiB", 4, 0), ("350MiB", 4, None)],
+    [("350MiB, 1GiB", 3, 0), ("260MiB, 1GiB", 1, 0), ("150MiB, 350MiB", 3, 2), ("1GiB", 4, 0), ("350MiB", 4, None)],
 )
 def test_a_window_left_open_is_as_wide_as_all_who_can_take_part_can_hold(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch, memory: str, window: int, left_out: int | None
 ) -> None:
     def planned(config: RunConfig, *_: object) -> Plan:
         layers = config.chain.window or 4  # each takes 50 MiB beside 200
+        if layers == 2:
+            raise MemoryBudgetExceeded("a sliding window's stand-ins do not fit [memory] budget")
         choices = Choices(layers, None, 4, False, "int8", 1 << 20)
         return Plan((200 + 50 * layers) << 20, {}, choices, None)
 

@@ -253,10 +253,8 @@ class _Stepper:
         self._batch = _batch(info.shape.vocab_size, batch_size, tokens)
         if task == "classification":
             self._batch = replace(self._batch, labels=torch.arange(batch_size) % 2)
-        middle = info.num_layers // 2
-        stage = Stage(
-            "window", Window(min(middle, info.num_layers - window), min(middle, info.num_layers - window) + window), 0
-        )
+        start = min(info.num_layers // 2, info.num_layers - window)
+        stage = Stage("window", Window(start, start + window), 0)
         self._cache = tempfile.TemporaryDirectory(dir=folder)
         arrays = self._trainer.parameters.export()
         self._trainer.begin(stage, arrays, cache_dir=Path(self._cache.name), lr=1e-3)

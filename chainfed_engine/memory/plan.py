@@ -363,7 +363,7 @@ def _reasons(request: Request, chosen: Plan) -> dict[str, str]:
     if choices.kept_heap_bytes:
         reasons["kept_heap_bytes"] = "freed activations stay for the next step: fresh pages cost time"
     else:
-        reasons["kept_heap_bytes"] = "freed activations go back at once: no room for holes, or graphs too deep"
+        reasons["kept_heap_bytes"] = "freed activations go back at once: no room for holes, or a small step"
     reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
     most = stand_in_row_counts(request)[0]
     if request.config.stand_in_rows is not None and choices.stand_in_rows:
