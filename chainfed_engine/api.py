@@ -16,7 +16,15 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.inputs import complete, encode, keep_labels, plan_run, read_labels, with_own_window
+from chainfed_engine.federation.inputs import (
+    complete,
+    deal_rows,
+    encode,
+    keep_labels,
+    plan_run,
+    read_labels,
+    with_own_window,
+)
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
 from chainfed_engine.federation.session import Session, check_choices, open_trainer, plan_for, running_out
 from chainfed_engine.memory.plan import Plan
@@ -194,7 +202,7 @@ def _train(
     encoded = encode(config, table, tokenizer, None)
     labels = list(encoded.label_names)
     evaluation = None if held_out is None else encode(config, held_out, tokenizer, labels or None)
-    clients = _partition(config, table, encoded)
+    clients = deal_rows(config, table, encoded)
     events: list[dict[str, Any]] = []
 
     def emit(event: Mapping[str, Any]) -> None:
@@ -272,19 +280,6 @@ def _client_budgets(config: RunConfig, table: Table, clients: Mapping[str, Encod
     if listed is not None:
         return budgets.dealt(clients, parse_sizes("[federation] client_budgets", listed), config.chain.seed)
     return {}
-
-
-def _partition(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:
-    """Each client's samples; clients whose every row was dropped at encoding are left out."""
-    settings, seed = config.data, config.chain.seed
-    if settings.client is not None:
-        rows = data.by_column(table, settings.client)
-    elif settings.partition == "dirichlet":
-        rows = data.dirichlet(encoded.labels, settings.num_clients, settings.alpha, seed)
-    else:
-        rows = data.iid(len(table), settings.num_clients, seed)
-    parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}
-    return {name: part for name, part in parts.items() if len(part)}
 
 
 def _task_columns(names: set[str]) -> tuple[str | None, str | None, str | None]:

@@ -25,7 +25,7 @@ from transformers import AutoModel
 from chainfed_engine import data
 from chainfed_engine.config_file import load_config
 from chainfed_engine.data import EncodedData, Tokenizer
-from chainfed_engine.federation.inputs import complete, encode
+from chainfed_engine.federation.inputs import complete, deal_rows, encode
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.schedule import learning_rate
 from chainfed_engine.types import Batch
@@ -67,13 +67,7 @@ def main() -> None:
     assert config.data.eval is not None and isinstance(samples.labels, np.ndarray)
     held_out = complete(config, data.read_table(config.data.eval, config.data.columns))
     evaluation = encode(config, held_out, tokenizer, list(samples.label_names))
-    if config.data.client is not None:
-        rows = data.by_column(table, config.data.client)
-    elif config.data.partition == "dirichlet":
-        rows = data.dirichlet(samples.labels, config.data.num_clients, config.data.alpha, chain.seed)
-    else:
-        rows = data.iid(len(table), config.data.num_clients, chain.seed)
-    clients = {name: samples.of_rows(picked) for name, picked in rows.items()}
+    clients = deal_rows(config, table, samples)
     model = MeanClassifier(options.model, len(samples.label_names), chain.adapter_size)
     shared = {name: value.detach().clone() for name, value in model.trained().items()}
     cpu_seconds, sent = 0.0, 0

@@ -85,6 +85,19 @@ def encode(config: RunConfig, table: Table, tokenizer: Tokenizer, labels: Sequen
     )
 
 
+def deal_rows(config: RunConfig, table: Table, encoded: EncodedData) -> dict[str, EncodedData]:
+    """Each client's samples; clients whose every row was dropped at encoding are left out."""
+    settings, seed = config.data, config.chain.seed
+    if settings.client is not None:
+        rows = data.by_column(table, settings.client)
+    elif settings.partition == "dirichlet":
+        rows = data.dirichlet(encoded.labels, settings.num_clients, settings.alpha, seed)
+    else:
+        rows = data.iid(len(table), settings.num_clients, seed)
+    parts = {name: encoded.of_rows(picked) for name, picked in rows.items()}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
 def keep_labels(out: Path, labels: list[str], *, resume: bool) -> None:
     """Write labels.json once; a run that is taken up must have the same labels in the same order."""
     if resume and (out / LABELS_FILE).exists():
