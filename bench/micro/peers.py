@@ -5,6 +5,7 @@ fbgemm_int8       torch's dynamically quantised Linear, of whichever quantised e
 bitsandbytes_nf4  bitsandbytes' Linear4bit on the CPU, f32 in and out
 memcpy            memcpy of as many bytes (read plus written) by the threads that encode: the f32 format's own encoder.
                   torch's copy wakes threads that sleep, which here took 60 us where the copy takes 5
+memcpy_rows       memcpy of the f32 rows themselves, by the same threads: what keeping them as they are would take
 """
 
 import importlib.util

@@ -17,7 +17,9 @@ GOALS: tuple[tuple[str, str, float, float], ...] = (
     ("linear_cross_entropy", "torch_fp32", 1.1, 2.0),
     ("linear_cross_entropy_real", "torch_fp32", 1.5, 3.0),
     ("boundary_encode", "memcpy", 0.5, 0.8),
+    ("boundary_encode", "memcpy_rows", 0.5, 0.8),
     ("boundary_gather", "memcpy", 0.5, 0.8),
+    ("boundary_gather", "memcpy_rows", 0.5, 0.8),
 )
 
 
