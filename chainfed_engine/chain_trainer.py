@@ -205,7 +205,7 @@ class ChainTrainer:
         stage = self.stage
         stop = stage.window.stop
         stand_ins: Arrays = {}
-        if self.config.stand_in and stop < self.model.num_layers:
+        if self.config.uses_stand_in and stop < self.model.num_layers:
             sums = self._trainer.profile(self._calibration, self._arrays, depths=[stop])
             sums.pop("cka")
             stand_ins = self._with_classifier(stand_in.solve(sums, ridge=self.config.stand_in_ridge), stop)

@@ -154,6 +154,11 @@ class ChainConfig:
         assert not isinstance(self.budget, str)
         return self.budget
 
+    @property
+    def uses_stand_in(self) -> bool:
+        """Whether windows below the top read a stand-in: not where every step takes the exact loss."""
+        return self.stand_in and self.foresight_every != 1
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -263,7 +263,7 @@ class StageTrainer:
     def _objective(self, arrays: Arrays) -> Objective:
         stop = self.stage.window.stop
         at_top = stop == self.model.num_layers
-        stand_in = None if at_top or not self.config.stand_in else StandIn(arrays, stop, normalise=self.normalise)
+        stand_in = None if at_top or not self.config.uses_stand_in else StandIn(arrays, stop, normalise=self.normalise)
         later = [self.adapters[layer] for layer in range(stop, self.model.num_layers)]
         active = [adapter for adapter in later if is_active(adapter)]
         return Objective(self.readout, stand_in, active, self.config.auxiliary_weight, at_top)

@@ -363,7 +363,7 @@ def stand_in_row_counts(request: Request) -> tuple[int, ...]:
 
 def _stand_in_depths(request: Request) -> int:
     config, shape = request.config, request.shape
-    if config.method != "chain" or not config.stand_in:
+    if config.method != "chain" or not config.uses_stand_in:
         return 0
     start = config.start_layer
     if start is None:

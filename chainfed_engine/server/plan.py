@@ -103,7 +103,7 @@ class Plan:
 
     def stand_in_depths(self, start_layer: int) -> range:
         """Depths at which a window may end below the top: there the head needs a stand-in for what is not loaded."""
-        if self.config.method != "chain" or not self.config.stand_in or self.config.foresight_every == 1:
+        if self.config.method != "chain" or not self.config.uses_stand_in:
             return range(0)
         return range(start_layer + self.window, self.num_layers)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,13 @@ class _Interrupted(Exception):
 
 
 def _run(
-    store: Path, out: Path, *, stop_at: int | None = None, resume: bool = False, backwards: bool = False
+    store: Path,
+    out: Path,
+    *,
+    config: ChainConfig = CONFIG,
+    stop_at: int | None = None,
+    resume: bool = False,
+    backwards: bool = False,
 ) -> Arrays:
     clients = {name: _client(name, seed) for seed, name in enumerate(("a", "b", "c"))}
 
@@ -70,8 +77,8 @@ def _run(
         if event["event"] == "round" and event["round"] == stop_at:
             raise _Interrupted
 
-    plan = plan_for(StoreInfo.read(store), CONFIG, "causal-lm")
-    with Session(store, CONFIG, clients, _client("judge", 9), out, plan=plan, pad_id=0) as session:
+    plan = plan_for(StoreInfo.read(store), config, "causal-lm")
+    with Session(store, config, clients, _client("judge", 9), out, plan=plan, pad_id=0) as session:
         if backwards:
             members = list(session.transport._clients.values())
             session.transport = LocalTransport(members, order=lambda tasks: reversed(list(tasks)))
@@ -91,6 +98,12 @@ def _assert_same_bits(a: Arrays, b: Arrays) -> None:
 
 def test_training_trains(expected: Arrays) -> None:
     assert any(array.any() for key, array in expected.items() if key.endswith("up_weight"))
+
+
+def test_a_chain_of_exact_losses_alone_runs_below_the_top_and_asks_for_no_stand_in(store: Path, tmp_path: Path) -> None:
+    """Every step streams the layers above its window, so nobody fits a stand-in and nobody may miss it."""
+    trained = _run(store, tmp_path / "run", config=replace(CONFIG, start_layer=0, foresight_every=1))
+    assert all(trained[f"adapters.{layer}.up_weight"].any() for layer in range(3))
 
 
 def test_the_bits_do_not_depend_on_the_order_of_clients_that_share_one_trainer(
