@@ -31,7 +31,7 @@ from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds, num_window_layers
-from chainfed_engine.start_layer import choose_start_layer, lowest_start_layer
+from chainfed_engine.start_layer import choose_start_layer, start_layers
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
 
@@ -86,8 +86,8 @@ class ChainTrainer:
         scores = self._trainer.profile(self._calibration, self._arrays)["cka"]
         start = self.config.start_layer
         if start is None:
-            start = choose_start_layer(scores, threshold=self.config.threshold, window=self._window_layers)
-            start = max(start, lowest_start_layer(self._trainer.task, self.model.num_layers, self._window_layers))
+            allowed = start_layers(self._trainer.task, self.model.num_layers, self._window_layers)
+            start = choose_start_layer(scores, threshold=self.config.threshold, allowed=allowed)
         self._schedule = self._make_schedule(start)
         found = {"cka": [float(score) for score in scores], "start_layer": start}
         self._notify("profile", **found)

@@ -38,25 +38,31 @@ def linear_cka(x: Matrix, y: Matrix) -> float:
     return cross / norms if norms > 0.0 else 0.0
 
 
-def lowest_start_layer(task: TaskKind, num_layers: int, window: int) -> int:
-    """The lowest layer that "auto" may choose: for a causal LM one window below the topmost, no lower than half of the
-    layers unless the window itself is wider, else 0.
+def start_layers(task: TaskKind, num_layers: int, window: int) -> range:
+    """The layers that "auto" may choose from; where it is one, nobody need be asked for scores.
 
-    A linear stand-in says little about the head's loss far below the top: on SmolLM2-135M (30 layers) the direction
-    it gives an adapter has a cosine of 0.04 to the true one at depth 12, 0.17 at 20, 0.38 at 26 (docs/LOG.md).
+    Causal LM: no lower than one window below the topmost, nor than half of the layers unless the window itself is
+    wider: a linear stand-in says little about the head's loss far below the top. On SmolLM2-135M (30 layers) the
+    direction it gives an adapter has a cosine of 0.04 to the true one at depth 12, 0.17 at 20, 0.38 at 26.
+    Classification: layer 0 where a window holds more than half of the layers: what is left to skip saves little then,
+    and a wide window that slides over all layers ends 1.2 points above one that stays at the top (docs/LOG.md).
     """
-    return num_layers - max(window, min(2 * window, (num_layers + 1) // 2)) if task == "causal-lm" else 0
+    highest = num_layers - window
+    if task == "causal-lm":
+        return range(num_layers - max(window, min(2 * window, (num_layers + 1) // 2)), highest + 1)
+    return range(1 if 2 * window > num_layers else highest + 1)
 
 
-def choose_start_layer(scores: Matrix, *, threshold: float, window: int) -> int:
-    """First layer (0-based) whose CKA score lies below `threshold`, at most num_layers - window.
+def choose_start_layer(scores: Matrix, *, threshold: float, allowed: range) -> int:
+    """First layer (0-based) whose CKA score lies below `threshold`, no lower and no higher than `allowed`.
 
-    `scores`: [num_layers], already averaged over clients weighted by samples. Threshold 1.0 starts at layer 0
-    unless a layer reproduces its input exactly.
+    `scores`: [num_layers], already averaged over clients weighted by samples. Threshold 1.0 starts at the lowest
+    layer unless a layer reproduces its input exactly.
     """
-    num_layers = len(scores)
-    if not np.isfinite(scores).all() or not 1 <= window <= num_layers:
-        raise InvalidArgument(f"choose_start_layer: expected finite scores of >= {window} layers, got {scores}")
+    if not np.isfinite(scores).all() or not 0 <= allowed.start < allowed.stop <= len(scores):
+        raise InvalidArgument(
+            f"choose_start_layer: expected finite scores of every layer allowed, got {scores}, {allowed}"
+        )
     below = np.flatnonzero(scores < threshold)
-    first = int(below[0]) if len(below) else num_layers
-    return min(first, num_layers - window)
+    first = int(below[0]) if len(below) else len(scores)
+    return max(allowed.start, min(first, allowed.stop - 1))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chainfed_engine.errors import InvalidArgument
-from chainfed_engine.start_layer import choose_start_layer, linear_cka, lowest_start_layer
+from chainfed_engine.start_layer import choose_start_layer, linear_cka, start_layers
 
 
 def test_cka_is_one_for_rotated_and_scaled_features_and_small_for_unrelated_ones() -> None:
@@ -28,22 +28,31 @@ def test_gram_form_equals_feature_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "window", "expected"), [(0.8, 2, 2), (1.0, 2, 0), (0.55, 2, 3), (0.1, 2, 3), (0.1, 5, 0)]
+    ("threshold", "allowed", "expected"),
+    [(0.8, (0, 4), 2), (1.0, (0, 4), 0), (0.55, (0, 4), 3), (0.1, (0, 4), 3), (0.1, (0, 1), 0), (1.0, (2, 4), 2)],
 )
-def test_start_is_the_first_layer_below_the_threshold_and_leaves_room_for_the_window(
-    threshold: float, window: int, expected: int
+def test_start_is_the_first_layer_below_the_threshold_among_those_allowed(
+    threshold: float, allowed: tuple[int, int], expected: int
 ) -> None:
     scores = np.array([0.95, 0.85, 0.7, 0.5, 0.4])
-    assert choose_start_layer(scores, threshold=threshold, window=window) == expected
+    assert choose_start_layer(scores, threshold=threshold, allowed=range(*allowed)) == expected
 
 
 def test_a_causal_lm_starts_no_lower_than_one_window_below_the_topmost() -> None:
-    assert lowest_start_layer("causal-lm", 30, 4) == 22
-    assert [lowest_start_layer("causal-lm", 30, window) for window in (2, 8, 15, 20, 30)] == [26, 15, 15, 10, 0]
-    assert [lowest_start_layer("causal-lm", 3, window) for window in (1, 2, 3)] == [1, 1, 0]
-    assert lowest_start_layer("classification", 30, 4) == 0
+    assert start_layers("causal-lm", 30, 4) == range(22, 27)
+    assert [start_layers("causal-lm", 30, window).start for window in (2, 8, 15, 20, 30)] == [26, 15, 15, 10, 0]
+    assert [start_layers("causal-lm", 3, window).start for window in (1, 2, 3)] == [1, 1, 0]
+
+
+def test_a_wide_window_of_a_classifier_slides_over_all_layers_and_a_narrow_one_from_where_the_scores_say() -> None:
+    assert [start_layers("classification", 6, window) for window in (2, 3, 4, 6)] == [
+        range(5),
+        range(4),
+        range(1),
+        range(1),
+    ]
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     with pytest.raises(InvalidArgument):
-        choose_start_layer(np.array([0.5, np.nan]), threshold=0.8, window=1)
+        choose_start_layer(np.array([0.5, np.nan]), threshold=0.8, allowed=range(2))

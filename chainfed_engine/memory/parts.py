@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from chainfed_engine import classifier_fit, least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.schedule import num_window_layers
-from chainfed_engine.start_layer import lowest_start_layer
+from chainfed_engine.start_layer import start_layers
 from chainfed_engine.types import ModelShape, TaskKind
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ def _stand_in_depths(request: Request) -> int:
         return 0
     start = config.start_layer
     if start is None:
-        start = lowest_start_layer(request.task, shape.num_layers, request.window)
+        start = start_layers(request.task, shape.num_layers, request.window).start
     return max(0, shape.num_layers - start - request.window)
 
 

@@ -12,6 +12,7 @@ from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds, num_window_layers
+from chainfed_engine.start_layer import start_layers
 from chainfed_engine.types import Stage, TaskKind, Window
 
 
@@ -50,10 +51,17 @@ class Plan:
     def rounds(self) -> int:
         return 0 if self.config.method == "none" else self.config.rounds
 
+    @property
+    def start_layers(self) -> range:
+        """Layers that the chain may start from."""
+        fixed = self.config.start_layer
+        return start_layers(self.task, self.num_layers, self.window) if fixed is None else range(fixed, fixed + 1)
+
     def fixed_start_layer(self) -> int | None:
         """Lowest boundary the run trains from; None while it has yet to be chosen from profiles."""
+        allowed = self.start_layers
         return {
-            "chain": self.config.start_layer,
+            "chain": allowed.start if len(allowed) == 1 else None,
             "top-window": self.num_layers - self.window,
         }.get(self.config.method, 0 if self.config.method in END_TO_END else self.num_layers)
 

@@ -82,8 +82,8 @@ class ProfileCollector:
             return np.empty(0)
         return np.asarray(self._weighted_scores / self.total_samples)
 
-    def start_layer(self, threshold: float, window: int) -> int:
-        return choose_start_layer(self.scores, threshold=threshold, window=window)
+    def start_layer(self, threshold: float, allowed: range) -> int:
+        return choose_start_layer(self.scores, threshold=threshold, allowed=allowed)
 
     def stand_ins(self, *, ridge: float | None) -> Arrays:
         """The solved maps at the depths asked for; their statistics are dropped."""

@@ -31,7 +31,6 @@ from chainfed_engine.server.setbacks import Setbacks
 from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
-from chainfed_engine.start_layer import lowest_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
 from chainfed_engine.update_format import decode
 
@@ -270,8 +269,7 @@ class Server:
         attempt, accepted = self._profile_attempts, bool(collector.counted)
         if accepted:
             if self._start_layer is None:
-                lowest = lowest_start_layer(self.task, self.shape.num_layers, self._plan.window)
-                self._start_layer = max(lowest, collector.start_layer(self.config.threshold, self._plan.window))
+                self._start_layer = collector.start_layer(self.config.threshold, self._plan.start_layers)
             dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
             self._holdings.forget_keys(dropped)
         self._profile_attempts += 1
