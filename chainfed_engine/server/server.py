@@ -356,7 +356,8 @@ class Server:
         others = {key: array for key, array in arrays.items() if key not in kept}
         stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
+        early = saved.refitted_too_early(record["run"]["rounds"], self._plan, progress.round_id)
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, {} if early else kept)
         self._holdings = Holdings()
         self._pending = None
         self._awaited = Awaited(progress.awaited)
