@@ -73,8 +73,8 @@ class Schedule:
             )
         if not 0 <= self.start_layer <= self.num_layers - self.window:
             raise ConfigError(
-                f"start_layer {self.start_layer} leaves {self.num_layers - self.start_layer} layers for a window of "
-                f"{self.window}; lower [chain] start_layer or window"
+                f"start_layer: expected 0 to {self.num_layers - self.window} ({self.num_layers} layers less a window "
+                f"of {self.window}), got {self.start_layer}; lower [chain] start_layer or window"
             )
 
     @property

@@ -131,8 +131,9 @@ def make_plan(request: Request) -> Plan:
     if _START_UP in smallest.parts:
         raise MemoryBudgetExceeded(
             f"budget {format_size(budget)}: the smallest that would do is {request.startup_bytes} bytes "
-            f"({format_size(request.startup_bytes)}), for to import PyTorch and read the data took that before a model "
-            f"was opened; raise [memory] budget or, without a GPU, install PyTorch's CPU build, which takes less"
+            f"({format_size(request.startup_bytes)}), which importing PyTorch and reading the data took before a model "
+            f"was opened; raise [memory] budget, cut texts far longer than [train] sequence_length, or, without a GPU, "
+            f"install PyTorch's CPU build, which takes less"
         )
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
     savings = what_would_shrink(request)

@@ -172,7 +172,7 @@ def test_an_unknown_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("train.sequence_length=33", "the model has positions for 32 tokens, got 33"),
         ("chain.window=4", "expected 1 to 3 layers (the model's depth), got 4"),
-        ("chain.start_layer=3", "start_layer 3 leaves 0 layers for a window of 1"),
+        ("chain.start_layer=3", "start_layer: expected 0 to 2 (3 layers less a window of 1), got 3"),
         ("memory.budget=8MiB", "budget 8.0 MiB: the smallest that would do is"),
         ("chain.windw=2", "[chain] windw: unknown key; did you mean window?"),
         ("train.window=2", "[train] window: unknown key; window belongs in [chain]"),

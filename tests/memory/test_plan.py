@@ -152,7 +152,7 @@ def test_a_start_up_beyond_the_run_is_the_peak_and_what_a_budget_is_held_to() ->
     assert high.predicted_peak_bytes == peak + MIB == sum(high.parts.values()) == high.smallest_budget_bytes
     assert high.parts["start-up, beyond all of this"] == MIB
     assert "start-up, beyond all of this" in high.table()
-    with pytest.raises(MemoryBudgetExceeded, match=f"would do is {peak + MIB} bytes.*import PyTorch.*CPU build"):
+    with pytest.raises(MemoryBudgetExceeded, match=f"would do is {peak + MIB} bytes.*importing PyTorch.*CPU build"):
         make_plan(replace(request(peak), startup_bytes=peak + MIB))
 
 
