@@ -163,7 +163,7 @@ def _replace(path: Path, write: Callable[[Path], object], *, durable: bool = Tru
             os.chmod(sibling, OWNER_ONLY_FILE)
             reach("sync", sibling)
             if durable:
-                _fsync(sibling)
+                fsync(sibling)
             reach("rename", path)
             os.replace(sibling, path)
         except BaseException:
@@ -171,10 +171,11 @@ def _replace(path: Path, write: Callable[[Path], object], *, durable: bool = Tru
             raise
         reach("sync folder", path.parent)
         if durable:
-            _fsync(path.parent)
+            fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
