@@ -14,7 +14,7 @@ from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
-from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.errors import DataError, InvalidArgument, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import (
     complete,
@@ -242,6 +242,11 @@ def _with_pooling(config: RunConfig) -> RunConfig:
 def _watchers(
     callbacks: Sequence[Callback], on_event: Callable[[Mapping[str, Any]], None] | None
 ) -> Sequence[Callback]:
+    for callback in callbacks:
+        if not callable(getattr(callback, "on_event", None)):
+            raise InvalidArgument(
+                f"callbacks: expected objects with on_event(event), got {callback!r}; a function alone is for on_event="
+            )
     return [*callbacks, *([_Function(on_event)] if on_event is not None else [])]
 
 
