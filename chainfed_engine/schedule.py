@@ -57,6 +57,9 @@ def learning_rate(lr: float, decay: Literal["none", "cosine"], round_id: int, ro
 
 @dataclass(frozen=True)
 class Schedule:
+    """Of `rounds` rounds the first `probe_rounds` and last `refit_rounds` fit the classifier, the others train `window`
+    layers from `start_layer` (0-based) on. Raises ConfigError for a window that does not fit the model from there."""
+
     kind: ScheduleKind
     num_layers: int
     window: int
