@@ -66,7 +66,7 @@ def plan(
     """
     info = StoreInfo.read(store)
     chosen: TaskKind = task or ("causal-lm" if info.head_shards else "classification")
-    return plan_for(info, replace(config or ChainConfig(), **options), chosen)
+    return plan_for(info, replace(_checked(config), **options), chosen)
 
 
 def fit(
@@ -102,7 +102,7 @@ def fit(
         result = cfe.fit("store", reviews, cfe.ChainConfig(budget="1GiB", rounds=4), hold_out=0.25)
         result.evaluation["accuracy"]
     """
-    config = config or ChainConfig()
+    config = _checked(config)
     table, column = _client_table(clients, client)
     if label is None and response is None and messages is None:
         label, response, messages = _task_columns(set(table.columns) - {column})
@@ -226,6 +226,13 @@ def _train(
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
     return Result(result.parameters, result.evaluation, events, out)
+
+
+def _checked(config: ChainConfig | None) -> ChainConfig:
+    """The default for None. Raises InvalidArgument for what is no configuration, such as a dict."""
+    if config is not None and not isinstance(config, ChainConfig):
+        raise InvalidArgument(f"config: expected a cfe.ChainConfig, got {type(config).__name__}")
+    return config or ChainConfig()
 
 
 def _with_pooling(config: RunConfig) -> RunConfig:

@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,13 @@ def test_a_function_among_the_callbacks_is_refused_before_anything_is_written(
     with pytest.raises(InvalidArgument, match=r"on_event\(event\), got <built-in function print>.*on_event="):
         cfe.fit(stores["bert"], clients(), CONFIG, out=tmp_path / "run", callbacks=[print])  # type: ignore[list-item]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dict_is_no_configuration(stores: dict[str, Path]) -> None:
+    given: Any = {"rounds": 3}
+    for call in (partial(cfe.fit, stores["bert"], clients(), given), partial(cfe.plan, stores["bert"], given)):
+        with pytest.raises(InvalidArgument, match=r"expected a cfe.ChainConfig, got dict"):
+            call()
 
 
 def test_a_table_without_a_client_column_is_refused(stores: dict[str, Path]) -> None:
