@@ -23,6 +23,7 @@ from chainfed_engine.federation.inputs import (
     keep_labels,
     plan_run,
     read_labels,
+    store_of_run,
     with_own_window,
 )
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
@@ -152,7 +153,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None =
     run_dir = Path(run_dir)
     arrays, _ = read_adapters(run_dir)  # first: its error says what is no run directory
     config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
-    tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
+    tokenizer = Tokenizer.load(config.store, store_of_run(run_dir, config).config)
     table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     plan = plan_run(config, {}, encoded)

@@ -83,6 +83,12 @@ def test_a_store_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[s
     assert "nowhere: no store.json" in refused(capsys, folder, "plan", "nowhere", "--budget", "1GiB")
 
 
+def test_a_store_that_was_moved_since_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "store").rename(folder / "elsewhere")
+    line = refused(capsys, folder, "eval", "out", "--data", "eval.csv")
+    assert "store: no store.json" in line and "out/config.toml, [model] store; correct it there" in line
+
+
 def test_a_truncated_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.truncate(folder / "store" / LAYER, 5000)
     assert f"{LAYER}: 5000 bytes, store.json says" in refused_run(capsys, folder)
