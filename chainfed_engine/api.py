@@ -14,7 +14,7 @@ from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig, DataConfig, RunConfig, parse_sizes
 from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
-from chainfed_engine.errors import DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.errors import DataError, InvalidArgument, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
 from chainfed_engine.federation.inputs import (
     complete,
@@ -23,6 +23,7 @@ from chainfed_engine.federation.inputs import (
     keep_labels,
     plan_run,
     read_labels,
+    store_of_run,
     with_own_window,
 )
 from chainfed_engine.federation.run_directory import NOISE_KEY_FILE, check_free
@@ -66,7 +67,7 @@ def plan(
     """
     info = StoreInfo.read(store)
     chosen: TaskKind = task or ("causal-lm" if info.head_shards else "classification")
-    return plan_for(info, replace(config or ChainConfig(), **options), chosen)
+    return plan_for(info, replace(_checked(config), **options), chosen)
 
 
 def fit(
@@ -102,7 +103,7 @@ def fit(
         result = cfe.fit("store", reviews, cfe.ChainConfig(budget="1GiB", rounds=4), hold_out=0.25)
         result.evaluation["accuracy"]
     """
-    config = config or ChainConfig()
+    config = _checked(config)
     table, column = _client_table(clients, client)
     if label is None and response is None and messages is None:
         label, response, messages = _task_columns(set(table.columns) - {column})
@@ -152,7 +153,7 @@ def evaluate(run_dir: str | Path, data_file: str | Path, *, device: str | None =
     run_dir = Path(run_dir)
     arrays, _ = read_adapters(run_dir)  # first: its error says what is no run directory
     config = load_config(run_dir / "config.toml", [] if device is None else [f"train.device={device}"])
-    tokenizer = Tokenizer.load(config.store, StoreInfo.read(config.store).config)
+    tokenizer = Tokenizer.load(config.store, store_of_run(run_dir, config).config)
     table = complete(config, data.read_table(data_file, config.data.columns))
     encoded = encode(config, table, tokenizer, read_labels(run_dir) if config.data.label else None)
     plan = plan_run(config, {}, encoded)
@@ -228,6 +229,13 @@ def _train(
     return Result(result.parameters, result.evaluation, events, out)
 
 
+def _checked(config: ChainConfig | None) -> ChainConfig:
+    """The default for None. Raises InvalidArgument for what is no configuration, such as a dict."""
+    if config is not None and not isinstance(config, ChainConfig):
+        raise InvalidArgument(f"config: expected a cfe.ChainConfig, got {type(config).__name__}")
+    return config or ChainConfig()
+
+
 def _with_pooling(config: RunConfig) -> RunConfig:
     """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
     if config.data.label is None or config.chain.pooling != "auto":
@@ -242,6 +250,11 @@ def _with_pooling(config: RunConfig) -> RunConfig:
 def _watchers(
     callbacks: Sequence[Callback], on_event: Callable[[Mapping[str, Any]], None] | None
 ) -> Sequence[Callback]:
+    for callback in callbacks:
+        if not callable(getattr(callback, "on_event", None)):
+            raise InvalidArgument(
+                f"callbacks: expected objects with on_event(event), got {callback!r}; a function alone is for on_event="
+            )
     return [*callbacks, *([_Function(on_event)] if on_event is not None else [])]
 
 

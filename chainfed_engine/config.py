@@ -198,6 +198,11 @@ class DataConfig:
                 "[data]: expected the name of one column: label (classification), response or messages (causal LM), "
                 f"got {' and '.join(given) or 'none of them'}"
             )
+        source, learned = ("text", self.label) if self.label is not None else ("prompt", self.response)
+        if learned in joined_columns(getattr(self, source)) and self.messages is None:
+            raise ConfigError(
+                f"[data] {source}: expected other columns than {learned!r}, which is what the model is to learn"
+            )
         if self.eval is not None and self.hold_out:
             raise ConfigError("[data] hold_out: expected 0 beside [data] eval; evaluation has one source")
         if self.partition == "auto":

@@ -20,9 +20,10 @@ _CLASSES: tuple[type[ChainConfig] | type[DataConfig], ...] = (ChainConfig, DataC
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError that names the file."""
+    """The tables of a TOML file, which an editor may have begun with a byte order mark. Raises ConfigError that names
+    the file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; name an existing TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -57,6 +57,9 @@ def learning_rate(lr: float, decay: Literal["none", "cosine"], round_id: int, ro
 
 @dataclass(frozen=True)
 class Schedule:
+    """Of `rounds` rounds the first `probe_rounds` and last `refit_rounds` fit the classifier, the others train `window`
+    layers from `start_layer` (0-based) on. Raises ConfigError for a window that does not fit the model from there."""
+
     kind: ScheduleKind
     num_layers: int
     window: int
@@ -73,8 +76,8 @@ class Schedule:
             )
         if not 0 <= self.start_layer <= self.num_layers - self.window:
             raise ConfigError(
-                f"start_layer {self.start_layer} leaves {self.num_layers - self.start_layer} layers for a window of "
-                f"{self.window}; lower [chain] start_layer or window"
+                f"start_layer: expected 0 to {self.num_layers - self.window} ({self.num_layers} layers less a window "
+                f"of {self.window}), got {self.start_layer}; lower [chain] start_layer or window"
             )
 
     @property

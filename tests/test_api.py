@@ -3,6 +3,7 @@
 import json
 import typing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import chainfed_engine as cfe
 from chainfed_engine import api
 from chainfed_engine.config import DataConfig, Method, RunConfig
 from chainfed_engine.config_file import load_config
-from chainfed_engine.errors import ConfigError, DataError, MemoryBudgetExceeded, StorageError
+from chainfed_engine.errors import ConfigError, DataError, InvalidArgument, MemoryBudgetExceeded, StorageError
 from chainfed_engine.memory.parts import Choices
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.types import layer_of_key
@@ -234,6 +235,21 @@ def test_plan_adds_up_and_shrinks_with_the_budget(stores: dict[str, Path]) -> No
     tight = cfe.plan(stores["llama"], batch_size=64, sequence_length=64, budget=free.predicted_peak_bytes - 2_000_000)
     assert tight.predicted_peak_bytes < free.predicted_peak_bytes
     assert "predicted peak" in tight.table() and tight.to_json()["predicted_peak_bytes"] == tight.predicted_peak_bytes
+
+
+def test_a_function_among_the_callbacks_is_refused_before_anything_is_written(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgument, match=r"on_event\(event\), got <built-in function print>.*on_event="):
+        cfe.fit(stores["bert"], clients(), CONFIG, out=tmp_path / "run", callbacks=[print])  # type: ignore[list-item]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dict_is_no_configuration(stores: dict[str, Path]) -> None:
+    given: Any = {"rounds": 3}
+    for call in (partial(cfe.fit, stores["bert"], clients(), given), partial(cfe.plan, stores["bert"], given)):
+        with pytest.raises(InvalidArgument, match=r"expected a cfe.ChainConfig, got dict"):
+            call()
 
 
 def test_a_table_without_a_client_column_is_refused(stores: dict[str, Path]) -> None:

@@ -93,6 +93,17 @@ def test_incomplete_files_are_refused(tmp_path: Path, text: str, message: str) -
         load_config(write(tmp_path, text))
 
 
+def test_what_is_learned_is_no_part_of_the_text() -> None:
+    for columns in ({"label": "text"}, {"text": "title + mark", "label": "mark"}, {"response": "prompt"}):
+        with pytest.raises(ConfigError, match="expected other columns than"):
+            DataConfig("train.csv", **columns)
+    assert DataConfig("train.csv", messages="prompt").task == "causal-lm", "the prompt is not read there"
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeff" + MINIMAL)) == load_config(write(tmp_path, MINIMAL))
+
+
 def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         load_config(tmp_path / "none.toml")

@@ -139,7 +139,10 @@ def as_table(examples: Any, source: str = "examples", columns: Sequence[str] | N
         return Table(source, {name: _dataset_column(examples, name) for name in _wanted(source, names, columns)})
     if hasattr(examples, "iloc") and hasattr(examples, "columns"):  # pandas.DataFrame
         names = [str(name) for name in examples.columns]
-        return Table(source, {name: _frame_column(examples, name) for name in _wanted(source, names, columns)})
+        if len(set(names)) < len(names):
+            raise DataError(f"{source}: a column name stands twice in {', '.join(map(repr, names))}; rename one")
+        wanted = _wanted(source, names, columns)
+        return Table(source, {name: _series_values(examples.iloc[:, names.index(name)]) for name in wanted})
     if isinstance(examples, Iterable) and not isinstance(examples, bytes | dict):
         return _collect(source, ((None, row) for row in examples), columns)
     raise DataError(
@@ -159,10 +162,10 @@ def _dataset_column(dataset: Any, name: str) -> list[Any]:
     ]
 
 
-def _frame_column(frame: Any, name: str) -> list[Any]:
+def _series_values(series: Any) -> list[Any]:
     """A column of a data frame; NaN, NaT and NA become None."""
-    there = frame[name].notna().tolist()
-    return [value if known else None for value, known in zip(frame[name].tolist(), there, strict=True)]
+    there = series.notna().tolist()
+    return [value if known else None for value, known in zip(series.tolist(), there, strict=True)]
 
 
 def _collect(source: str, rows: Iterable[tuple[int | None, Any]], columns: Sequence[str] | None) -> Table:

@@ -6,9 +6,9 @@ by the caller's length. Nothing is fetched and no code of the checkpoint runs, b
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,11 @@ from chainfed_engine.data.chat import ChatTemplate
 from chainfed_engine.errors import DataError
 
 Ids = npt.NDArray[np.int32]
+T = TypeVar("T")
 
-_CHUNK_TEXTS = 64  # texts tokenised at once: bounds the library's own memory, far above that of the ids
+# Tokenised at once, of which one text may be more: bounds the library's own memory, far above that of the ids (about
+# 200 bytes a character).
+_CHUNK_TEXTS, _CHUNK_CHARACTERS = 64, 1 << 17
 _MAX_CONFIG_BYTES = 1 << 24
 
 
@@ -77,8 +80,7 @@ class Tokenizer:
             raise DataError(f"sequence_length {max_length}: the tokenizer alone adds {added} tokens; raise it")
         self._tokenizer.enable_truncation(max_length)
         try:
-            for first in range(0, len(texts), _CHUNK_TEXTS):
-                chunk = list(texts[first : first + _CHUNK_TEXTS])
+            for chunk in _chunks(texts, len):
                 for encoding in self._tokenizer.encode_batch_fast(chunk):
                     yield np.array(encoding.ids, dtype=np.int32)
         finally:
@@ -91,9 +93,9 @@ class Tokenizer:
         feed, `response`, the tokenizer's special tokens, and the end-of-sequence token. A token that reaches over the
         end of the prompt counts as prompt.
         """
-        for first in range(0, len(pairs), _CHUNK_TEXTS):
+        for chunk in _chunks(pairs, lambda pair: len(pair[0]) + len(pair[1])):
             texts, starts = [], []
-            for prompt, response in pairs[first : first + _CHUNK_TEXTS]:
+            for prompt, response in chunk:
                 if self.chat_template is not None:
                     text, start = self.chat_template.prompt_and_response(prompt, response)
                 else:
@@ -119,8 +121,8 @@ class Tokenizer:
                 "messages need a chat template, and the store's tokenizer has none; put chat_template.jinja into its "
                 "tokenizer folder, or give prompt and response"
             )
-        for first in range(0, len(conversations), _CHUNK_TEXTS):
-            rendered = [self.chat_template.conversation(chunk) for chunk in conversations[first : first + _CHUNK_TEXTS]]
+        for chunk in _chunks(conversations, lambda messages: sum(len(message["content"]) for message in messages)):
+            rendered = [self.chat_template.conversation(messages) for messages in chunk]
             encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
             for encoding, (_, turns) in zip(encodings, rendered, strict=True):
                 begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
@@ -128,6 +130,21 @@ class Tokenizer:
                 for start, stop in turns:
                     learned |= (begins >= start) & (ends <= stop) & (ends > begins)
                 yield np.array(encoding.ids[:max_length], dtype=np.int32), learned[:max_length]
+
+
+def _chunks(items: Sequence[T], num_characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """`items` in order, as many at a time as the library may hold."""
+    chunk: list[T] = []
+    held = 0
+    for item in items:
+        size = num_characters(item)
+        if chunk and (len(chunk) == _CHUNK_TEXTS or held + size > _CHUNK_CHARACTERS):
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(item)
+        held += size
+    if chunk:
+        yield chunk
 
 
 def _num_prompt_tokens(encoding: tokenizers.Encoding, start: int) -> int:

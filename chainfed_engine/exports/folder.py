@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chainfed_engine.errors import StorageError
-from chainfed_engine.federation.files import storage_errors
+from chainfed_engine.federation.files import fsync, storage_errors
 
 
 @contextmanager
@@ -23,12 +23,12 @@ def new_folder(out: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in sorted(partial.iterdir()):
-                sync(path)
-            sync(partial)
+                fsync(path)
+            fsync(partial)
             if out.is_dir():
                 out.rmdir()
             os.rename(partial, out)
-            sync(out.parent)
+            fsync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -42,9 +42,9 @@ def new_file(out: Path) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            sync(partial)
+            fsync(partial)
             os.rename(partial, out)
-            sync(out.parent)
+            fsync(out.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -56,12 +56,10 @@ def check_free(out: Path) -> None:
         raise StorageError(f"{out}: exists already; name a new folder or file, or remove it")
 
 
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def open_to_readers(folder: Path) -> None:
+    """Give files the mode that the folder was made with: those of safetensors are for their owner alone."""
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sibling(out: Path) -> Path:

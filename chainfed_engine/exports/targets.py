@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from chainfed_engine.adapters import LoRA
 from chainfed_engine.errors import InvalidArgument, StorageError
 from chainfed_engine.exports import merged
-from chainfed_engine.exports.folder import check_free, new_file, new_folder
+from chainfed_engine.exports.folder import check_free, new_file, new_folder, open_to_readers
 from chainfed_engine.exports.gguf_adapter import ARCHITECTURES, write_gguf
 from chainfed_engine.exports.library_names import LibraryModel
 from chainfed_engine.exports.merged import LIBRARY_DTYPES, Dtype
@@ -104,6 +104,7 @@ def export(
             pooling = run.pooling(info.architecture) if run.labels else None
             text = readme(model, to, name, run.labels, pooling, notes, "." if without is None else name)
             (folder / "README.md").write_text(text, encoding="utf-8")
+            open_to_readers(folder)
     return Exported(Path(out), notes)
 
 

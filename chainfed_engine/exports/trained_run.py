@@ -12,7 +12,7 @@ from chainfed_engine.config import RunConfig
 from chainfed_engine.config_file import load_config
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.federation import read_adapters
-from chainfed_engine.federation.inputs import LABELS_FILE, read_labels
+from chainfed_engine.federation.inputs import LABELS_FILE, read_labels, store_of_run
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.families import family
 from chainfed_engine.model.families.base import Pooling
@@ -59,7 +59,7 @@ class TrainedRun:
 
     def store(self) -> StoreInfo:
         """The layer store the run was trained on. Raises StorageError where it no longer is."""
-        return StoreInfo.read(self.config.store)
+        return store_of_run(self.path, self.config)
 
     def adapters(self, shape: ModelShape) -> dict[int, Adapter]:
         """The adapter of every layer of a model of this shape, trained or not; InvalidArgument for other sizes."""

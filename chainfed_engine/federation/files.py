@@ -7,6 +7,7 @@ passes `reach` first: tests end the process at every one of these points and tak
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -146,12 +147,11 @@ def storage_errors(path: Path, doing: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot {doing}: {error.strerror or error}; free space or choose another folder"
-        ) from error
-    except SafetensorError as error:
-        raise StorageError(f"{path}: cannot {doing}: {error}; free space or choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        is_full = any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT))
+        remedy = "make room or choose another folder" if is_full else "choose another path or correct its permissions"
+        raise StorageError(f"{path}: cannot {doing}: {reason}; {remedy}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -163,7 +163,7 @@ def _replace(path: Path, write: Callable[[Path], object], *, durable: bool = Tru
             os.chmod(sibling, OWNER_ONLY_FILE)
             reach("sync", sibling)
             if durable:
-                _fsync(sibling)
+                fsync(sibling)
             reach("rename", path)
             os.replace(sibling, path)
         except BaseException:
@@ -171,10 +171,11 @@ def _replace(path: Path, write: Callable[[Path], object], *, durable: bool = Tru
             raise
         reach("sync folder", path.parent)
         if durable:
-            _fsync(path.parent)
+            fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -56,6 +56,16 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
     return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
 
 
+def store_of_run(run_dir: Path, config: RunConfig) -> StoreInfo:
+    """The layer store that a finished run was trained on. Raises StorageError, which says where its path stands, where
+    it no longer is."""
+    try:
+        return StoreInfo.read(config.store)
+    except StorageError as error:
+        where = f"{run_dir / 'config.toml'}, [model] store; correct it there if the store was moved"
+        raise StorageError(f"{error}; the run's store is named in {where}") from error
+
+
 def complete(config: RunConfig, table: Table) -> Table:
     """The rows without a blank in a column that the run reads; a warning says how many were left out. With
     `missing` "error" the table as it is, for encoding names the first such row."""

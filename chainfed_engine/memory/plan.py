@@ -1,39 +1,33 @@
-"""The planner: predicted peak memory part by part, before anything is allocated, and the choices that keep to a budget.
+"""The planner: the choices that keep to a budget, before anything is allocated.
 
-The peak is the largest phase (`parts.py`) on top of what is always there. Candidates are ordered by an estimate of
-their seconds a step; the fastest that fits is taken and says why each choice is as it is. What the user fixed (batch,
-sequence length, a window) is never changed; a window left open is as wide as costs no speed.
+Candidates are ordered by an estimate of their seconds a step; the fastest whose predicted peak (`prediction.py`) fits
+is taken and says why each choice is as it is (`reasons.py`). What the user fixed (batch, sequence length, a window) is
+never changed; a window left open is as wide as costs no speed.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
-from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import MemoryBudgetExceeded
-from chainfed_engine.memory.device import parts_on_device
 from chainfed_engine.memory.parts import (
-    BATCH_TOKEN_BYTES,
     F32,
-    HEAP_BYTES,
+    FREE_SLOTS,
     MIB,
-    WORKING_BYTES,
+    RESIDENT_FILL_BYTES,
     Choices,
     DataFacts,
     Request,
     StoreSizes,
-    adapter_floats,
     branches,
-    fill_bytes,
     keeps_deep_graphs,
-    profile_bytes,
     saved_floats,
-    solve_bytes,
     stand_in_row_counts,
-    statistics_bytes,
     step_bytes,
 )
+from chainfed_engine.memory.prediction import START_UP, Plan, predict, with_kept_heap
+from chainfed_engine.memory.reasons import reasons
 from chainfed_engine.sizes import format_size
 
 __all__ = [
@@ -50,74 +44,17 @@ __all__ = [
 ]
 
 STREAMED_FILL_BYTES = (64 * MIB, 16 * MIB, 4 * MIB)  # read each layer once for as many batches as this holds
-RESIDENT_FILL_BYTES = (4 * MIB,)  # nothing is read again: small chunks stay in the processor's caches
 # Nominal rates for ordering candidates; a run's figures differ, their order seldom does.
 _FLOPS_A_SECOND, _BYTES_A_SECOND = 150e9, 1.5e9
 _HALVED_ROWS = 1.25  # a stand-in fitted on half the rows must make the step faster by more than this
 _SLID_WINDOW = 2  # a window of no more layers than this may be slow; wider ones must not be
-_START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
 _TOKENS_AT_HALF_SPEED = 40  # in one product
 _PADDING = 0.7  # of a random batch, relative to that of samples of mean length beside the longest of all
 _FULL_SPEED_TOKENS = 256  # in one product: 384 are 4 % slower than 768, 192 17 % (SmolLM2, docs/LOG.md)
-# Of what a step holds: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to 1.0
-# with the activations of many layers; trimmed beyond it).
-_KEPT_HOLES, _DEEP_KEPT_HOLES = 0.6, 1.0
 _LEAST_KEPT_STEP = 24 * MIB  # the blocks of smaller ones stay in a lean heap too
 # Of a step whose freed blocks go back at once: 1.1 to 1.6 measured, and 1.4 to 1.8 where it keeps the activations of
 # many layers, for then smaller blocks are mapped alone as well (docs/LOG.md).
 _LEAN_SLOWDOWN, _DEEP_LEAN_SLOWDOWN = 1.3, 1.6
-_FREE_SLOTS = 2  # beside pinned window layers: one in use, one being read
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`predicted_peak_bytes` of resident memory; `parts` add up to it; `choices` are what the run will use.
-
-    `reasons`: why each choice is as it is, by its name. `advice`: another method that would serve better within the
-    same budget, if there is one. For a run on a CUDA device with memory of its own the peak is
-    that memory's, and `facts` hold `predicted_host_bytes` beside it.
-    """
-
-    predicted_peak_bytes: int
-    parts: Mapping[str, int]
-    choices: Choices
-    budget: int | None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    smallest_budget_bytes: int = 0
-    advice: str | None = None
-
-    def recorded_in(self, config: ChainConfig) -> ChainConfig:
-        """`config` with what was "auto" as it was chosen."""
-        choices = self.choices
-        rows = choices.stand_in_rows or config.stand_in_rows
-        return replace(config, window=choices.window, cache_format=choices.cache_format, stand_in_rows=rows)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "predicted_peak_bytes": self.predicted_peak_bytes,
-            "budget": self.budget,
-            "smallest_budget_bytes": self.smallest_budget_bytes,
-            "parts": dict(self.parts),
-            "choices": dict(vars(self.choices)),
-            "reasons": dict(self.reasons),
-            "advice": self.advice,
-            **self.facts,
-        }
-
-    def table(self) -> str:
-        rows = dict(self.parts) | {"predicted peak": self.predicted_peak_bytes}
-        if self.budget is not None:
-            rows["budget"] = self.budget
-        if self.smallest_budget_bytes:
-            rows["smallest budget that would do"] = self.smallest_budget_bytes
-        width = max(len(name) for name in rows)
-        lines = [f"{name:<{width}}  {format_size(size):>12}" for name, size in rows.items()]
-        for name, value in vars(self.choices).items():
-            lines.append(f"{name}: {value}" + (f" ({self.reasons[name]})" if name in self.reasons else ""))
-        if self.advice is not None:
-            lines.append(f"advice: {self.advice}")
-        return "\n".join(lines)
 
 
 def make_plan(request: Request) -> Plan:
@@ -128,11 +65,12 @@ def make_plan(request: Request) -> Plan:
         return replace(chosen, smallest_budget_bytes=smallest.predicted_peak_bytes, advice=_advice(request, chosen))
     budget = request.config.budget_bytes
     assert budget is not None
-    if _START_UP in smallest.parts:
+    if START_UP in smallest.parts:
         raise MemoryBudgetExceeded(
             f"budget {format_size(budget)}: the smallest that would do is {request.startup_bytes} bytes "
-            f"({format_size(request.startup_bytes)}), for to import PyTorch and read the data took that before a model "
-            f"was opened; raise [memory] budget or, without a GPU, install PyTorch's CPU build, which takes less"
+            f"({format_size(request.startup_bytes)}), which importing PyTorch and reading the data took before a model "
+            f"was opened; raise [memory] budget, cut texts far longer than [train] sequence_length, or, without a GPU, "
+            f"install PyTorch's CPU build, which takes less"
         )
     largest = max(smallest.parts, key=lambda name: smallest.parts[name])
     savings = what_would_shrink(request)
@@ -171,7 +109,7 @@ def _with_window(request: Request, window: int) -> Request:
 def _at_full_speed(request: Request, choices: Choices) -> bool:
     """Whether a step runs no layer twice, keeps the window's layers and takes parts that are no slower than the batch:
     what large products gain in speed is no more than what parts of like lengths save in padding."""
-    stays = choices.num_slots is None or choices.num_slots >= choices.window + _FREE_SLOTS
+    stays = choices.num_slots is None or choices.num_slots >= choices.window + FREE_SLOTS
     is_large = request.part_tokens(choices) >= min(request.batch_tokens, _FULL_SPEED_TOKENS)
     return stays and not choices.recompute and is_large
 
@@ -191,18 +129,10 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     for _, keeps_heap, choices in sorted(ordered, key=lambda each: each[0]):
         plan = predict(request, choices)
         if keeps_heap:
-            plan = _with_kept_heap(request, plan)
+            plan = with_kept_heap(request, plan)
         if budget is None or plan.predicted_peak_bytes <= budget:
-            return replace(plan, reasons=_reasons(request, plan))
+            return replace(plan, reasons=reasons(request, plan))
     return None
-
-
-def _with_kept_heap(request: Request, plan: Plan) -> Plan:
-    """The plan whose steps leave freed blocks in the heap for the next: faster than giving them back."""
-    is_deep = keeps_deep_graphs(request.config, plan.choices.window)
-    holes = _DEEP_KEPT_HOLES if is_deep else _KEPT_HOLES
-    kept_bytes = int((1 + holes) * step_bytes(request, plan.choices))
-    return predict(request, replace(plan.choices, kept_heap_bytes=kept_bytes))
 
 
 def _advice(request: Request, chosen: Plan) -> str | None:
@@ -220,35 +150,6 @@ def _advice(request: Request, chosen: Plan) -> str | None:
         f'[train] method = "lora" fits too, at {format_size(plan.predicted_peak_bytes)}: a causal LM learned more from '
         f"it in the same time than from a window of {chosen.choices.window} (docs/RESULTS.md)"
     )
-
-
-def predict(request: Request, choices: Choices) -> Plan:
-    """Predicted peak of the given choices."""
-    parts = {"interpreter with torch": request.interpreter_bytes, **_weights(request, choices)}
-    parts["adapters and optimizer"] = _adapter_bytes(request)
-    parts["stand-ins"] = statistics_bytes(request, choices)
-    phases = {
-        "window step": step_bytes(request, choices),
-        "prefix fill": fill_bytes(request, choices),
-        "profile": profile_bytes(request, choices),
-        "fitting stand-ins": solve_bytes(request, choices),
-    }
-    highest = max(phases, key=lambda name: phases[name])
-    parts[f"largest phase ({highest})"] = phases[highest]
-    parts["data"] = request.data_bytes or BATCH_TOKEN_BYTES * request.batch_tokens
-    parts["libraries at work"] = WORKING_BYTES
-    parts["heap"] = HEAP_BYTES
-    if choices.kept_heap_bytes:
-        parts["heap kept for the next step"] = max(0, choices.kept_heap_bytes - phases[highest])
-    facts: dict[str, Any] = {}
-    if request.device is not None:
-        parts, host_bytes = parts_on_device(request, choices, parts)
-        host_bytes = 0 if request.device.is_unified else max(host_bytes, request.startup_bytes)
-        facts = {"device": request.device.name, "predicted_host_bytes": host_bytes}
-    beyond = request.startup_bytes - sum(parts.values())
-    if beyond > 0 and (request.device is None or request.device.is_unified):
-        parts[_START_UP] = beyond
-    return Plan(sum(parts.values()), parts, choices, request.config.budget_bytes, facts)
 
 
 def _cost(request: Request, choices: Choices) -> float:
@@ -273,7 +174,7 @@ def step_seconds(request: Request, choices: Choices) -> float:
     overhead = 0.01 * parts
     read = 0.0
     if choices.num_slots is not None:
-        pinned = choices.num_slots >= layers + _FREE_SLOTS
+        pinned = choices.num_slots >= layers + FREE_SLOTS
         read += parts * (request.sizes.head_bytes * (rows > 0) + (0 if pinned else 2 * layers * weights))
         tokens_held = max(choices.fill_bytes / (F32 * shape.hidden_size), request.batch_tokens)
         read += request.sizes.layer_bytes * request.batch_tokens / tokens_held
@@ -318,7 +219,7 @@ def _candidates(request: Request) -> Iterator[Choices]:
     while micro_batches[-1] > 1:
         micro_batches.append((micro_batches[-1] + 1) // 2)
     slots: list[int | None] = [None]
-    wanted = (request.window_layers + _FREE_SLOTS, 3, 2, 1)
+    wanted = (request.window_layers + FREE_SLOTS, 3, 2, 1)
     slots += [count for count in dict.fromkeys(wanted) if count < sizes.num_layers + sizes.num_head_shards]
     for num_slots in slots:
         for recompute in (False, True) if request.window_layers > 1 else (False,):
@@ -326,74 +227,3 @@ def _candidates(request: Request) -> Iterator[Choices]:
                 for held in RESIDENT_FILL_BYTES if num_slots is None else STREAMED_FILL_BYTES:
                     for rows in stand_in_row_counts(request):
                         yield Choices(request.window, num_slots, micro_batch, recompute, cache_format, held, rows)
-
-
-def _reasons(request: Request, chosen: Plan) -> dict[str, str]:
-    """Why each choice is as it is: for what was given up, the peak that the alternative would have had."""
-    choices = chosen.choices
-
-    def peak_with(**change: Any) -> str:
-        other = replace(choices, kept_heap_bytes=0, **change)
-        if other.num_slots is None:
-            other = replace(other, fill_bytes=RESIDENT_FILL_BYTES[0])
-        return format_size(predict(request, other).predicted_peak_bytes)
-
-    reasons = {
-        "cache_format": "the smallest; its error is below that of the 4-bit layers"
-        if request.config.cache_format == "auto"
-        else "as given in [memory] cache_format"
-    }
-    if choices.num_slots is None:
-        reasons["num_slots"] = "all layers and the head stay in memory: they fit"
-    else:
-        pinned = choices.num_slots >= request.window_layers + _FREE_SLOTS
-        kept = "the window's stay, two more stream" if pinned else "all stream"
-        kept = "each is read when it is needed" if choices.num_slots == 1 else kept
-        reasons["num_slots"] = f"{kept}; all in memory would peak at {peak_with(num_slots=None)}"
-    whole = request.config.batch_size
-    if choices.micro_batch < whole:
-        larger = peak_with(micro_batch=min(whole, 2 * choices.micro_batch))
-        reasons["micro_batch"] = f"a step of {whole} in parts; the next larger would peak at {larger}"
-    else:
-        reasons["micro_batch"] = "the whole batch at once fits"
-    if choices.recompute:
-        reasons["recompute"] = f"layers run again in backward; without, the peak would be {peak_with(recompute=False)}"
-    else:
-        reasons["recompute"] = "activations fit; nothing runs twice"
-    if choices.kept_heap_bytes:
-        reasons["kept_heap_bytes"] = "freed activations stay for the next step: fresh pages cost time"
-    else:
-        reasons["kept_heap_bytes"] = "freed activations go back at once: no room for holes, or a small step"
-    reasons["fill_bytes"] = f"each layer is read once for {format_size(choices.fill_bytes)} of hidden states"
-    most = stand_in_row_counts(request)[0]
-    if request.config.stand_in_rows is not None and choices.stand_in_rows:
-        reasons["stand_in_rows"] = "as given in [chain] stand_in_rows"
-    elif choices.stand_in_rows < most:
-        twice = peak_with(stand_in_rows=min(most, 2 * choices.stand_in_rows))
-        reasons["stand_in_rows"] = f"of {most} that a map of this width repays; twice as many would peak at {twice}"
-    elif most:
-        reasons["stand_in_rows"] = "as many as a map of this width repays"
-    return reasons
-
-
-def _weights(request: Request, choices: Choices) -> dict[str, int]:
-    sizes = request.sizes
-    if choices.num_slots is None and request.device is not None and request.device.is_unified:
-        # Pinned slots keep their size, that of the largest file.
-        slots = (sizes.num_layers + sizes.num_head_shards) * sizes.slot_bytes
-        return {"layer slots": slots, "embedding": sizes.embedding_bytes}
-    if choices.num_slots is None:
-        return {"layers": sizes.layer_bytes, "head": sizes.head_bytes, "embedding": sizes.embedding_bytes}
-    return {"layer slots": choices.num_slots * sizes.slot_bytes}
-
-
-def _adapter_bytes(request: Request) -> int:
-    shape, config = request.shape, request.config
-    one = adapter_floats(request)
-    trained = request.window_layers * one
-    held = shape.num_layers * one * 2  # the modules', and the federation's arrays
-    if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new
-        attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        held += 4 * shape.num_layers * shape.hidden_size * (attention + keys)
-    updates = config.clients_per_round * trained  # as they wait to be averaged
-    return F32 * (held + 5 * trained + updates)

@@ -65,6 +65,7 @@ class FrozenLayer(nn.Module):
                 value.copy_(like(decoded(lease, name), value, f"{where}: {name}"))
 
     def forward(self, hidden: Tensor, context: LayerContext, adapter: LayerAdapter | None = None) -> Tensor:
+        """Float32 [B, T, D] to the same, through the layer and, where there is one, its adapter."""
         arguments = {} if context.rotary is None else {"position_embeddings": context.rotary}
         # The lease keeps the layer in its slot from the first linear to the last.
         with self.store.weights(self.file), self._with_inside(adapter):

@@ -24,13 +24,20 @@ RowMap = Callable[[Tensor], Tensor]
 
 
 class Readout(Protocol):
-    """From hidden states to the task's loss. `select` keeps the tokens that matter, `reduce` makes one row a target;
-    `stand_in_rows`: what a stand-in is fitted on, rows [n, D]."""
+    """From hidden states float32 [B, T, D] to the task's loss, by way of n rows, one a target."""
 
-    def select(self, hidden: Tensor, batch: Batch) -> Tensor: ...
-    def reduce(self, tokens: Tensor, batch: Batch) -> Tensor: ...
-    def stand_in_rows(self, hidden: Tensor, batch: Batch) -> Tensor: ...
-    def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor: ...
+    def select(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The tokens that matter, [..., D]: what the auxiliary branch is computed for."""
+
+    def reduce(self, tokens: Tensor, batch: Batch) -> Tensor:
+        """Rows [n, D] of selected tokens."""
+
+    def stand_in_rows(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Rows [m, D] that a stand-in is fitted on."""
+
+    def loss(self, branches: Sequence[Tensor], weights: Sequence[float], batch: Batch) -> Tensor:
+        """Scalar: the sum over branches [n, D] of weight * mean loss over targets. Raises InvalidArgument for a batch
+        without labels."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,11 @@ class Plan:
         """The same after the last window."""
         return self._schedule(self.config.start_layer or 0).refit_rounds if self.config.method == "chain" else 0
 
+    @property
+    def first_refit_round(self) -> int:
+        """The round after the last window; `rounds` where nothing is refitted."""
+        return self.rounds - self.refit_rounds
+
     def fits_classifier(self, stage: Stage) -> bool:
         """Whether this stage fits the classifier in closed form instead of training it."""
         return stage.kind == "probe" and self.config.method == "chain"
@@ -92,7 +97,7 @@ class Plan:
         """Which round of its phase this one is, and the phase: 0 before the windows, 1 after them."""
         if round_id < self.probe_rounds:
             return round_id, 0
-        return round_id - (self.rounds - self.refit_rounds), 1
+        return round_id - self.first_refit_round, 1
 
     def row_weight(self, round_id: int) -> float:
         """How often the rows of this closed-form round count."""

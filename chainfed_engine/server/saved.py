@@ -158,6 +158,13 @@ def require_start_layer(progress: Progress, plan: Plan) -> None:
         raise CorruptFile(f"saved state: stand-ins at depths {progress.stand_in_depths} of a run without them")
 
 
+def refitted_too_early(saved_rounds: int, plan: Plan, round_id: int) -> bool:
+    """Whether the classifier was refitted where `plan`, of more rounds, still trains windows. What clients gave for it
+    is to be let go: they give the same rows again at the end, and rows that count twice are fitted twice as closely."""
+    before = dataclasses.replace(plan, config=dataclasses.replace(plan.config, rounds=saved_rounds))
+    return before.first_refit_round < min(round_id, plan.first_refit_round)
+
+
 def _require_rounds(saved_rounds: int, run: Mapping[str, Any], round_id: int, start_layer: int | None) -> None:
     """The number of rounds may change, but not below those that were run. Where they are not the first ones of a run of
     the new length, a warning says so. Raises ConfigError."""

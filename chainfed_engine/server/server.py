@@ -21,13 +21,12 @@ from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.combine import Combiner
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
-from chainfed_engine.server.lateness import Awaited, late_task
+from chainfed_engine.server.lateness import late_task
 from chainfed_engine.server.methods import method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.profile import ProfileCollector
-from chainfed_engine.server.quarantine import Size
+from chainfed_engine.server.run_state import RunState
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, sample_clients
-from chainfed_engine.server.setbacks import Setbacks
 from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
@@ -93,19 +92,14 @@ class Server:
             base=base,
         )
         self._holdings = Holdings()
-        self._start_layer = self._plan.fixed_start_layer()
-        self._profile_attempts = 0
-        self._round_id = 0
-        self._setbacks = Setbacks()
+        self._run = RunState(self._plan.fixed_start_layer())
         self._pending: dict[str, Task] | None = None
-        self._awaited = Awaited()
-        self._typical_size: Size | None = None  # of the updates of the last cohort that could tell
 
     # -- where the run stands ------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
-        return self._round_id >= self._plan.rounds
+        return self._run.round_id >= self._plan.rounds
 
     @property
     def rounds(self) -> int:
@@ -115,21 +109,21 @@ class Server:
     @property
     def round_id(self) -> int:
         """The next round, 0-based; equally the number of rounds behind us, rejected ones included."""
-        return self._round_id
+        return self._run.round_id
 
     @property
     def profile_attempts(self) -> int:
-        return self._profile_attempts
+        return self._run.profile_attempts
 
     @property
     def start_layer(self) -> int | None:
         """None until it has been chosen from profiles."""
-        return self._start_layer
+        return self._run.start_layer
 
     def setbacks_at_end(self) -> str | None:
         """What to tell of a finished run whose last rounds were rejected, None where there is nothing. Raises
         NonFiniteLoss or InconsistentUpdates where all of them were."""
-        return self._setbacks.at_end(self._round_id)
+        return self._run.setbacks.at_end(self._run.round_id)
 
     def parameters(self) -> Arrays:
         """All adapters and the classifier: float32, shared, not to be written to."""
@@ -144,30 +138,30 @@ class Server:
         """
         if self.done:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
-        self._setbacks.check("profile attempts" if self._profile_pending else "rounds")
+        self._run.setbacks.check("profile attempts" if self._profile_pending else "rounds")
         tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
         self._pending = {task.client: task for task in tasks}
         return tasks
 
     def evaluation_task(self, client: str) -> Task:
         """The whole adapted model for an evaluator; apart from the rounds and their traffic."""
-        return self._tasks.evaluation(client, self._round_id)
+        return self._tasks.evaluation(client, self._run.round_id)
 
     def _profile_tasks(self) -> list[Task]:
-        attempt, depths = self._profile_attempts, self._missing_depths()
+        attempt, depths = self._run.profile_attempts, self._missing_depths()
         cohort = self._cohort(self.config.profile_clients, PROFILE_STREAM, attempt)
-        with_scores = self._start_layer is None
+        with_scores = self._run.start_layer is None
         return self._tasks.profile(cohort, attempt, depths, self._holdings, with_scores=with_scores)
 
     def _train_tasks(self) -> list[Task]:
         stage, start_layer = self._stage(), self._known_start_layer()
         if self._plan.fits_classifier(stage):
-            return self._tasks.closed_form(stage, self._round_id, start_layer, self._holdings)
-        cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._round_id)
+            return self._tasks.closed_form(stage, self._run.round_id, start_layer, self._holdings)
+        cohort = self._cohort(self.config.clients_per_round, ROUND_STREAM, self._run.round_id)
         return [self._train_task(name) for name in cohort]
 
     def _train_task(self, name: str) -> Task:
-        return self._tasks.train(name, self._stage(), self._round_id, self._known_start_layer(), self._holdings)
+        return self._tasks.train(name, self._stage(), self._run.round_id, self._known_start_layer(), self._holdings)
 
     # -- replies -------------------------------------------------------------------------------------------------
 
@@ -183,7 +177,7 @@ class Server:
         silent, num_late, bytes_up = set(pending), 0, 0
         for reply in replies:
             bytes_up += num_bytes(reply.arrays)
-            if is_late(reply, round_id=self._round_id, profile_attempts=self._profile_attempts):
+            if is_late(reply, round_id=self._run.round_id, profile_attempts=self._run.profile_attempts):
                 num_late += 1  # its client may still answer this exchange
                 reason = self._receive_late(collector, reply)
                 if reason is not None:
@@ -208,9 +202,9 @@ class Server:
             else:
                 self._holdings.forget(client)
         if summary.accepted:
-            self._setbacks.accepted()
+            self._run.setbacks.accepted()
         else:
-            self._setbacks.rejected(summary.rejected)
+            self._run.setbacks.rejected(summary.rejected)
         return summary
 
     def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:
@@ -218,13 +212,13 @@ class Server:
         wanted = self.config.late_replies == "discount" and isinstance(collector, UpdateCollector)
         if not wanted or self._plan.fits_classifier(self._stage()):
             return None
-        if not isinstance(reply.client, str) or not self._awaited.owes(reply):
+        if not isinstance(reply.client, str) or not self._run.awaited.owes(reply):
             return None
         assert isinstance(collector, UpdateCollector)
         task = late_task(self._train_task(reply.client), reply.round_id)
         if reply.stage != task.stage:
             return None
-        return collector.add_late(reply, task, self._round_id - reply.round_id)
+        return collector.add_late(reply, task, self._run.round_id - reply.round_id)
 
     def believe(self, client: str, versions: object) -> None:
         """Take a client at its word about what it holds; where the word is wrong, its next task fails and it is sent
@@ -246,7 +240,7 @@ class Server:
                 shape=self.shape,
                 depths=depths,
                 samples=self.client_samples,
-                with_scores=self._start_layer is None,
+                with_scores=self._run.start_layer is None,
                 max_weight=self._max_weight,
                 norm_limit=self.config.norm_limit,
             )
@@ -257,7 +251,7 @@ class Server:
             refuse=method.refuse_statistics if closed_form else method.refuse_update,
             before=None if closed_form else method.before,
             samples=self.client_samples,
-            last_size=self._typical_size,
+            last_size=self._run.typical_size,
             max_weight=self._max_weight,
             decode=decode if self.config.update_format == "int8" and not closed_form else None,
         )
@@ -266,13 +260,13 @@ class Server:
         self, collector: ProfileCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
         rejected = dict(sorted((rejected | collector.finish()).items()))
-        attempt, accepted = self._profile_attempts, bool(collector.counted)
+        attempt, accepted = self._run.profile_attempts, bool(collector.counted)
         if accepted:
-            if self._start_layer is None:
-                self._start_layer = collector.start_layer(self.config.threshold, self._plan.start_layers)
+            if self._run.start_layer is None:
+                self._run.start_layer = collector.start_layer(self.config.threshold, self._plan.start_layers)
             dropped = self._model.add_stand_ins(collector.stand_ins(ridge=self.config.stand_in_ridge))
             self._holdings.forget_keys(dropped)
-        self._profile_attempts += 1
+        self._run.profile_attempts += 1
         return Summary(
             "profile",
             attempt,
@@ -281,15 +275,15 @@ class Server:
             rejected=rejected,
             bytes_down=bytes_down,
             bytes_up=bytes_up,
-            start_layer=self._start_layer,
+            start_layer=self._run.start_layer,
             scores=tuple(collector.scores.tolist()) if accepted else (),
-            follows_round=self._round_id - 1,
+            follows_round=self._run.round_id - 1,
         )
 
     def _finish_round(
         self, collector: UpdateCollector, rejected: dict[str, str], bytes_down: int, bytes_up: int
     ) -> Summary:
-        stage, round_id = self._stage(), self._round_id
+        stage, round_id = self._stage(), self._run.round_id
         config = self.config
         rejected |= collector.finish(
             norm_limit=self.combiner.norm_limit,
@@ -306,11 +300,11 @@ class Server:
             self._model.fit_classifier(given, weight=self._plan.row_weight(round_id))
         elif collector.usable:
             self._model.update(self.combiner.combine(collector.usable, stage, round_id))
-        self._typical_size = collector.typical_size
+        self._run.typical_size = collector.typical_size
         if config.late_replies != "drop":
             heard = {*collector.heard, *collector.late}
-            self._awaited.finish(round_id, silent=set(collector.asked) - heard, heard=heard)
-        self._round_id += 1
+            self._run.awaited.finish(round_id, silent=set(collector.asked) - heard, heard=heard)
+        self._run.round_id += 1
         return Summary(
             "round",
             round_id,
@@ -323,25 +317,15 @@ class Server:
             stale=dict(sorted(collector.late.items())),
             loss=collector.mean_loss(),
             totals=collector.totals(),
-            start_layer=self._start_layer,
-            typical_norm=self._typical_size.norm if self._typical_size else None,
+            start_layer=self._run.start_layer,
+            typical_norm=self._run.typical_norm,
         )
 
     # -- save and restore ----------------------------------------------------------------------------------------
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Everything the rest of the run depends on: parameters and stand-ins (shared), and a JSON-able record."""
-        progress = saved.Progress(
-            round_id=self._round_id,
-            profile_attempts=self._profile_attempts,
-            start_layer=self._start_layer,
-            stand_in_depths=tuple(sorted(self._model.stand_in_depths())),
-            rejections=tuple(self._setbacks.reasons),
-            only_non_finite=self._setbacks.only_non_finite,
-            typical_norm=self._typical_size.norm if self._typical_size else None,
-            typical_steps=self._typical_size.steps if self._typical_size else None,
-            awaited=dict(self._awaited.rounds),
-        )
+        progress = self._run.progress(self._model.stand_in_depths())
         return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
@@ -354,41 +338,35 @@ class Server:
         others = {key: array for key, array in arrays.items() if key not in kept}
         stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
-        self._model.set_statistics({key: arrays[key] for key in stand_ins}, kept)
+        early = saved.refitted_too_early(record["run"]["rounds"], self._plan, progress.round_id)
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, {} if early else kept)
         self._holdings = Holdings()
         self._pending = None
-        self._awaited = Awaited(progress.awaited)
-        self._round_id = progress.round_id
-        self._profile_attempts = progress.profile_attempts
-        self._start_layer = progress.start_layer
-        self._setbacks = Setbacks(progress.rejections, progress.only_non_finite)
+        self._run = RunState.restored(progress)
         if not self.done:
-            self._setbacks.renew()
-        self._typical_size = None
-        if progress.typical_norm is not None and progress.typical_steps is not None:
-            self._typical_size = Size(progress.typical_norm, progress.typical_steps)
+            self._run.setbacks.renew()
 
     # -- small parts ---------------------------------------------------------------------------------------------
 
     @property
     def _profile_pending(self) -> bool:
         """Whether clients must be asked for statistics before the next round."""
-        return not self.done and (self._start_layer is None or bool(self._missing_depths()))
+        return not self.done and (self._run.start_layer is None or bool(self._missing_depths()))
 
     def _missing_depths(self) -> range:
         """Depths to fit stand-ins for before the next round, no more than one exchange carries."""
-        if self._start_layer is None:
+        if self._run.start_layer is None:
             return range(0)
         at_most = stand_in.depths_at_once(self.shape.hidden_size)
         fitted = self._model.stand_in_depths()
-        return self._plan.missing_depths(self._round_id, self._start_layer, fitted, at_most=at_most)
+        return self._plan.missing_depths(self._run.round_id, self._run.start_layer, fitted, at_most=at_most)
 
     def _known_start_layer(self) -> int:
-        assert self._start_layer is not None, "the start layer is chosen before the first round"
-        return self._start_layer
+        assert self._run.start_layer is not None, "the start layer is chosen before the first round"
+        return self._run.start_layer
 
     def _stage(self) -> Stage:
-        return self._plan.stage(self._round_id, self._known_start_layer())
+        return self._plan.stage(self._run.round_id, self._known_start_layer())
 
     def _cohort(self, count: int, stream: int, index: int) -> list[str]:
         return sample_clients(self.client_samples, count, seed=self.config.seed, stream=stream, index=index)

@@ -40,6 +40,7 @@ class TaskMaker:
     def profile(
         self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
     ) -> list[Task]:
+        """One for each client of the cohort: statistics for stand-ins at `depths` and, `with_scores`, CKA by layer."""
         config, tasks = self._config, []
         needed, versions = self._model.needed(None, 0)
         for name in cohort:
@@ -62,6 +63,7 @@ class TaskMaker:
         return Task("evaluate", client, round_id, None, arrays, settings, versions, self._base)
 
     def train(self, name: str, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> Task:
+        """Local steps of one client on the round's stage."""
         config = self._config
         settings: dict[str, Scalar] = {
             "closed_form": False,

@@ -83,6 +83,12 @@ def test_a_store_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[s
     assert "nowhere: no store.json" in refused(capsys, folder, "plan", "nowhere", "--budget", "1GiB")
 
 
+def test_a_store_that_was_moved_since_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "store").rename(folder / "elsewhere")
+    line = refused(capsys, folder, "eval", "out", "--data", "eval.csv")
+    assert "store: no store.json" in line and "out/config.toml, [model] store; correct it there" in line
+
+
 def test_a_truncated_layer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.truncate(folder / "store" / LAYER, 5000)
     assert f"{LAYER}: 5000 bytes, store.json says" in refused_run(capsys, folder)
@@ -172,7 +178,7 @@ def test_an_unknown_label(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("train.sequence_length=33", "the model has positions for 32 tokens, got 33"),
         ("chain.window=4", "expected 1 to 3 layers (the model's depth), got 4"),
-        ("chain.start_layer=3", "start_layer 3 leaves 0 layers for a window of 1"),
+        ("chain.start_layer=3", "start_layer: expected 0 to 2 (3 layers less a window of 1), got 3"),
         ("memory.budget=8MiB", "budget 8.0 MiB: the smallest that would do is"),
         ("chain.windw=2", "[chain] windw: unknown key; did you mean window?"),
         ("train.window=2", "[train] window: unknown key; window belongs in [chain]"),

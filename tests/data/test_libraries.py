@@ -48,6 +48,13 @@ def test_what_is_missing_in_a_data_frame_is_nothing_and_numbers_beside_it_stay_w
     assert as_table(strings).columns == {"text": ["a", None]}
 
 
+def test_columns_of_a_data_frame_go_by_the_text_of_their_names_which_must_differ() -> None:
+    numbered = pandas.DataFrame({0: ["a", "b"], ("x", "y"): [1, 2]})
+    assert as_table(numbered).columns == {"0": ["a", "b"], "('x', 'y')": [1, 2]}
+    with pytest.raises(DataError, match="a column name stands twice in '0', '0'"):
+        as_table(pandas.concat([numbered[[0]], numbered[[0]]], axis=1))
+
+
 def test_a_table_of_blanks_alone_is_refused_and_one_without_any_kept_as_it_is() -> None:
     with pytest.raises(DataError, match="every row lacks a value in one of 'text'"):
         as_table([{"text": " "}, {"text": None}]).without_blanks(["text"])

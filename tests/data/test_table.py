@@ -13,7 +13,6 @@ from chainfed_engine.config import DataConfig
 from chainfed_engine.data import Table, as_table, files, read_table
 from chainfed_engine.errors import DataError
 
-ARCHIVES = [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
 CSV = 'text,label\n"a, ""quoted""\nsecond line",1\nplain ä,2\n'
 
 

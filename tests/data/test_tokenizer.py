@@ -2,6 +2,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,3 +163,25 @@ def test_a_missing_or_damaged_tokenizer_says_what_to_do(tmp_path: Path, plain_st
     (plain_store / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer.load(plain_store)
+
+
+def test_long_texts_are_tokenised_few_at_a_time(minilm: tuple[Path, Path]) -> None:
+    class Watched:
+        def __init__(self, tokenizer: LibraryTokenizer) -> None:
+            self.tokenizer = tokenizer
+            self.seen: list[list[int]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.tokenizer, name)
+
+        def encode_batch_fast(self, texts: list[str]) -> Any:
+            self.seen.append([len(text) for text in texts])
+            return self.tokenizer.encode_batch_fast(texts)
+
+    tokenizer = Tokenizer.load(minilm[0])
+    texts = ["short"] * 70 + ["word " * 12_000] * 5 + ["word " * 60_000, "short"]
+    watched = Watched(LibraryTokenizer.from_file(str(minilm[0] / "tokenizer" / "tokenizer.json")))
+    few = Tokenizer(watched, pad_id=0)  # type: ignore[arg-type]
+    for ids, text in zip(few.encode(texts, 16), texts, strict=True):
+        assert ids.tolist() == next(tokenizer.encode([text], 16)).tolist()
+    assert [sum(chunk) for chunk in watched.seen] == [64 * 5, 6 * 5 + 2 * 60_000, 2 * 60_000, 60_000, 300_000, 5]

@@ -20,7 +20,6 @@ from chainfed_engine.types import Arrays, Batch
 from tests.conftest import Checkpoint
 
 LABELS = ("bad", "fair", "good")
-CausalRun = Callable[..., Path]
 
 
 @pytest.fixture

@@ -65,6 +65,8 @@ def test_a_classifier_of_the_mean_goes_into_a_file_of_its_own_that_the_readme_ap
     run = make_run(made, labels=LABELS, pooling="mean")
     done = cfe.export(run, tmp_path / "out", "peft", base=original(made))
     assert any("classifier.safetensors" in note for note in done.notes)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {(tmp_path / "out").stat().st_mode & 0o666}, modes
     code = (tmp_path / "out" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path / "out")
     monkeypatch.setattr(

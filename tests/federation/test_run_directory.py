@@ -107,12 +107,18 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("chainfed_engine.federation.files.os.replace", no_space)
-        with pytest.raises(StorageError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left on device; make room or choose another folder"):
             directory.save((_arrays(2), {}))
         monkeypatch.undo()
         saved = directory.load()
     assert saved is not None and (saved.arrays["adapters.0.up_weight"] == 1).all()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_where_a_file_stands_is_refused_without_advice_to_make_room(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(StorageError, match="cannot create: File exists; choose another path"):
+        RunDirectory(tmp_path / "taken")
 
 
 def test_adapters_open_with_the_ordinary_library_and_equal_input_gives_equal_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The planner's counts against what the window really keeps, and its choices under a budget."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -152,7 +153,7 @@ def test_a_start_up_beyond_the_run_is_the_peak_and_what_a_budget_is_held_to() ->
     assert high.predicted_peak_bytes == peak + MIB == sum(high.parts.values()) == high.smallest_budget_bytes
     assert high.parts["start-up, beyond all of this"] == MIB
     assert "start-up, beyond all of this" in high.table()
-    with pytest.raises(MemoryBudgetExceeded, match=f"would do is {peak + MIB} bytes.*import PyTorch.*CPU build"):
+    with pytest.raises(MemoryBudgetExceeded, match=f"would do is {peak + MIB} bytes.*importing PyTorch.*CPU build"):
         make_plan(replace(request(peak), startup_bytes=peak + MIB))
 
 
@@ -230,6 +231,19 @@ def test_a_window_left_open_is_two_thirds_of_the_layers_or_as_many_as_slow_no_st
     assert "without slowing steps down" in narrower.reasons["window"]
     assert not narrower.choices.recompute
     assert narrower.choices.micro_batch * 128 >= 256  # parts no smaller than products are fast
+
+
+def test_what_was_given_up_would_not_have_fitted_or_would_not_have_been_faster() -> None:
+    shape = ModelShape("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192)
+    sizes = StoreSizes(63 * MIB, 28 * MIB, 6 << 10, 5 * MIB, 30, 6)
+    for budget in range(380, 620, 30):
+        config = ChainConfig(budget=budget * MIB, batch_size=4, sequence_length=128)
+        plan = make_plan(Request(shape, sizes, config, "causal-lm", interpreter_bytes=223 * MIB))
+        quoted = [re.search(r"(?:peak at|peak would be) ([\d.]+) MiB", reason) for reason in plan.reasons.values()]
+        assert any(quoted) and all(float(found[1]) > budget for found in quoted if found), plan.reasons
+    facts = DataFacts(longest_tokens=128, mean_tokens=40)
+    varied = make_plan(Request(shape, sizes, replace(config, budget=None), "causal-lm", 223 * MIB, facts=facts))
+    assert varied.choices.micro_batch < 4 and "less padding" in varied.reasons["micro_batch"]
 
 
 def test_parts_with_a_kept_heap_go_before_the_whole_batch_with_a_lean_one() -> None:

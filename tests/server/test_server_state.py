@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chainfed_engine import classifier_fit
 from chainfed_engine.errors import ConfigError, CorruptFile, InconsistentUpdates
 from chainfed_engine.server import Server
 from tests.server.server_parts import Site, make_server, play, same_bits
@@ -98,6 +99,29 @@ def test_a_run_that_gets_more_rounds_than_its_schedule_foresaw_warns_and_goes_on
     assert not longer.done and longer.rounds == 6 + added
     play(longer, rounds=added)
     assert longer.done and longer.setbacks_at_end() is None
+
+
+def test_rows_given_for_the_end_of_a_shorter_run_do_not_count_once_more_at_the_end_of_a_longer_one() -> None:
+    fields: dict[str, Any] = {"probe_rounds": 1, "refit_rounds": 1}
+    longer = make_server(rounds=9, **fields)
+    with pytest.warns(UserWarning, match="rounds was 6"):
+        longer.restore(*_state_after(6, rounds=6, **fields))
+    site, answers = Site(longer.client_samples), []
+    while not longer.done:
+        answers = [site.answer(task) for task in longer.next_tasks()]
+        longer.receive(answers)
+    factor = classifier_fit.merge([answer.arrays["classifier.factor"] for answer in answers])
+    expected = classifier_fit.solve(factor, 3)["classifier.out_weight"]
+    np.testing.assert_allclose(longer.parameters()["classifier.out_weight"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_is_cut_short_while_it_refits_keeps_the_rows_it_was_given() -> None:
+    fields: dict[str, Any] = {"probe_rounds": 1, "refit_rounds": 3}
+    state = _state_after(8, rounds=9, **fields)
+    shorter = make_server(rounds=8, **fields)
+    with pytest.warns(UserWarning, match="rounds was 9"):
+        shorter.restore(*state)
+    assert np.array_equal(shorter.state()[0]["classifier.factor"], state[0]["classifier.factor"])
 
 
 def test_rounds_that_change_whether_the_classifier_is_probed_are_refused() -> None:

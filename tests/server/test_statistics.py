@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chainfed_engine import classifier_fit, stand_in
+from chainfed_engine import stand_in
 from chainfed_engine.server import Server
 from chainfed_engine.server.quarantine import weight_cap
 from chainfed_engine.types import Arrays, Reply, Task
 from tests.server.server_parts import HIDDEN, Site, make_server, same_bits
 
 SAMPLES = {f"client-{index}": 20 for index in range(6)}
-FACTOR = classifier_fit.FACTOR_KEY
 
 
 def _probing(**fields: Any) -> Server:

@@ -70,7 +70,7 @@ def resolve_hub_id(name: str) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise StorageError(
             f"{name!r} is neither a folder, a .gguf file, nor a model in the local Hugging Face cache, and it cannot "
-            f"be downloaded: {reason}"
+            f"be downloaded: {reason.rstrip('.')}; correct the path, or for a hub id go online"
         ) from error
 
 
