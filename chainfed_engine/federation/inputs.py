@@ -51,6 +51,8 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
         largest_client_samples=max((len(part) for part in clients.values()), default=0),
         evaluation_samples=0 if evaluation is None else len(evaluation),
         num_clients=len(clients) or None,
+        training_samples=samples or None,
+        num_labels=max((len(part.label_names) for part in parts), default=0) or None,
     )
     info = StoreInfo.read(config.store)
     return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)

@@ -25,6 +25,7 @@ from chainfed_engine.memory.parts import (
     StoreSizes,
     adapter_floats,
     branches,
+    classifier_bytes,
     fill_bytes,
     keeps_deep_graphs,
     profile_bytes,
@@ -232,6 +233,7 @@ def predict(request: Request, choices: Choices) -> Plan:
         "prefix fill": fill_bytes(request, choices),
         "profile": profile_bytes(request, choices),
         "fitting stand-ins": solve_bytes(request, choices),
+        "fitting the classifier": classifier_bytes(request, choices),
     }
     highest = max(phases, key=lambda name: phases[name])
     parts[f"largest phase ({highest})"] = phases[highest]
