@@ -75,6 +75,7 @@ class DataFacts:
     num_clients: int | None = None
     training_samples: int | None = None
     num_labels: int | None = None
+    profile_lengths: tuple[int, ...] | None = None  # the most tokens of any client's longest, second longest ... sample
 
 
 @dataclass(frozen=True)
@@ -263,12 +264,11 @@ def profile_bytes(request: Request, choices: Choices) -> int:
     config, shape = request.config, request.shape
     if config.method != "chain" or not (config.stand_in or config.start_layer is None):
         return 0
-    width, tokens = shape.hidden_size, _profile_tokens(request)
+    width, tokens = shape.hidden_size, _profile_tokens(request, choices)
     total = F32 * tokens * width + F32 * request.part_tokens(choices) * live_floats(shape)
     if config.start_layer is None:
-        rows = min(tokens, MAX_CKA_TOKENS)
-        total += 2 * F32 * rows * width
-        total = max(total, F32 * tokens * width * 3 + 2 * F64 * rows * width + 3 * F64 * min(rows, width) ** 2)
+        rows = min(_unpadded_profile_tokens(request), MAX_CKA_TOKENS)
+        total = max(total + F32 * rows * width, F32 * (tokens + rows) * width + cka_bytes(rows, width))
     if _stand_in_depths(request):
         rows, depths = _profile_rows(request, choices), _depths_at_once(request)
         columns = 2 * width + 1
@@ -276,6 +276,12 @@ def profile_bytes(request: Request, choices: Choices) -> int:
         reducing = closed_form.reducing_bytes(rows, columns)
         total = max(total + F32 * depths * rows * width, F32 * tokens * width + kept + reducing)
     return total
+
+
+def cka_bytes(rows: int, width: int) -> int:
+    """Comparing a layer's output with the embedding's: its rows gathered, then both in float64 and their products."""
+    squares = 2 * rows * rows if rows <= width else width * width
+    return F64 * (2 * rows * width + squares)
 
 
 def solve_bytes(request: Request, choices: Choices) -> int:
@@ -321,24 +327,45 @@ def stand_in_map_bytes(request: Request, choices: Choices) -> int:
     return F32 * width * (2 * rank if 2 * rank < width else width)
 
 
-def _profile_clients(request: Request) -> int:
-    return min(request.config.profile_clients, request.facts.num_clients or request.config.profile_clients)
-
-
-def _profile_tokens(request: Request) -> int:
+def profile_samples(config: ChainConfig, num_clients: int | None) -> int:
     """Of one client."""
-    batches = -(-stand_in.BATCHES // _profile_clients(request)) if request.config.stand_in else 1
-    samples = batches * request.config.batch_size
-    if request.facts.largest_client_samples is not None:
-        samples = min(samples, request.facts.largest_client_samples)
-    return samples * request.tokens
+    batches = -(-stand_in.BATCHES // _asked_for_profiles(config, num_clients)) if config.stand_in else 1
+    return batches * config.batch_size
+
+
+def _asked_for_profiles(config: ChainConfig, num_clients: int | None) -> int:
+    return min(config.profile_clients, num_clients or config.profile_clients)
+
+
+def _profile_clients(request: Request) -> int:
+    return _asked_for_profiles(request.config, request.facts.num_clients)
+
+
+def _profile_samples(request: Request) -> int:
+    samples, facts = profile_samples(request.config, request.facts.num_clients), request.facts
+    return samples if facts.largest_client_samples is None else min(samples, facts.largest_client_samples)
+
+
+def _profile_tokens(request: Request, choices: Choices) -> int:
+    """Of one client; each part is padded to its longest sample, and the longest may lie in parts of their own."""
+    samples, lengths, size = _profile_samples(request), request.facts.profile_lengths, request.part_samples(choices)
+    if lengths is None:
+        return samples * request.tokens
+    parts_of_batch = -(-request.config.batch_size // size)
+    parts = -(-samples // request.config.batch_size) * parts_of_batch
+    return min(samples * request.tokens, size * sum(lengths[:parts]))
+
+
+def _unpadded_profile_tokens(request: Request) -> int:
+    samples, lengths = _profile_samples(request), request.facts.profile_lengths
+    return samples * request.tokens if lengths is None else sum(lengths[:samples])
 
 
 def _profile_rows(request: Request, choices: Choices) -> int:
     """Of one client and depth: tokens for a causal LM, pooled samples for a classifier."""
     limit = -(-choices.stand_in_rows // _profile_clients(request))
-    tokens = _profile_tokens(request)
-    return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
+    rows = _unpadded_profile_tokens(request) if request.task == "causal-lm" else _profile_samples(request)
+    return min(limit, rows)
 
 
 def stand_in_row_counts(request: Request) -> tuple[int, ...]:

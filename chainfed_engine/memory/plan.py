@@ -181,8 +181,7 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     """The fastest choices within the budget for a given window, None if none fit."""
     budget = request.config.budget_bytes
     candidates = [each for each in _candidates(request) if not at_full_speed or _at_full_speed(request, each)]
-    is_deep = keeps_deep_graphs(request.config, request.window)
-    lean = _DEEP_LEAN_SLOWDOWN if is_deep else _LEAN_SLOWDOWN
+    lean = _DEEP_LEAN_SLOWDOWN if keeps_deep_graphs(request.config, request.window) else _LEAN_SLOWDOWN
     ordered: list[tuple[float, bool, Choices]] = []
     for choices in candidates:
         cost = _cost(request, choices)
@@ -200,8 +199,7 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
 
 def _with_kept_heap(request: Request, plan: Plan) -> Plan:
     """The plan whose steps leave freed blocks in the heap for the next: faster than giving them back."""
-    is_deep = keeps_deep_graphs(request.config, plan.choices.window)
-    holes = _DEEP_KEPT_HOLES if is_deep else _KEPT_HOLES
+    holes = _DEEP_KEPT_HOLES if keeps_deep_graphs(request.config, plan.choices.window) else _KEPT_HOLES
     kept_bytes = int((1 + holes) * step_bytes(request, plan.choices))
     return predict(request, replace(plan.choices, kept_heap_bytes=kept_bytes))
 

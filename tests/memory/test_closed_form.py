@@ -1,7 +1,8 @@
-"""What the planner counts for the classifier in closed form, against how rows are dealt and what fitting it takes."""
+"""What the planner counts for closed forms (classifier, stand-ins, scores), against how rows are dealt and held."""
 
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,11 +11,21 @@ import pytest
 from chainfed_engine import classifier_fit, least_squares
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.memory import closed_form
-from chainfed_engine.memory.parts import Choices, DataFacts, Request, StoreSizes, statistics_bytes
+from chainfed_engine.memory.parts import (
+    Choices,
+    DataFacts,
+    Request,
+    StoreSizes,
+    cka_bytes,
+    profile_bytes,
+    solve_bytes,
+    statistics_bytes,
+)
 from chainfed_engine.memory.plan import predict
 from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.plan import Plan
+from chainfed_engine.start_layer import linear_cka
 from chainfed_engine.types import ModelShape
 
 MIB = 1 << 20
@@ -136,3 +147,42 @@ def test_a_wide_model_with_a_handful_of_samples_is_not_charged_for_thousands_of_
     assert closed_form.fit_bytes(request) < 64 * MIB
     many = request_of(2560, DataFacts(96, 60, None, 4000, 4, 3, 12000, 2), stand_in=False)
     assert predict(many, choices).predicted_peak_bytes > predict(request, choices).predicted_peak_bytes + 200 * MIB
+
+
+@pytest.mark.parametrize(("rows", "width"), [(900, 700), (900, 160), (400, 700)])
+def test_comparing_two_layers_holds_them_once_in_float64_and_their_products(rows: int, width: int) -> None:
+    x = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float32)
+    y = x + 1
+    measured = peak_bytes(lambda: linear_cka(x.copy(), y))
+    assert 0.98 * measured <= cka_bytes(rows, width) <= 1.02 * measured
+
+
+def test_statistics_are_counted_by_the_tokens_that_clients_have_and_not_by_their_longest_sample() -> None:
+    """Predicted 572 MiB where 492 were taken: Llama of width 2560, clients of four samples of other lengths."""
+    shape = ModelShape("llama", 4, 2560, 6912, 20, 5, 128, 32000, 2048)
+    config = ChainConfig(window=1, start_layer=1, batch_size=1, sequence_length=96, profile_clients=2)
+    padded = DataFacts(96, 50, 96, 4, 2, 3, 12)
+    request = Request(shape, StoreSizes(1, 1, 1, 1, 4, 1), config, "causal-lm", 0, facts=padded)
+    told = replace(request, facts=replace(padded, profile_lengths=(96, 60, 40, 24)))
+    choices = Choices(1, None, 1, False, "int8", 4 * MIB, 2000)
+    assert solve_bytes(told, choices) < 0.8 * solve_bytes(request, choices)
+    more = replace(request, facts=replace(padded, profile_lengths=(96,) * 4))
+    assert solve_bytes(more, choices) == solve_bytes(request, choices)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_hidden_states_of_a_profile_are_counted_as_their_parts_can_be_padded(micro_batch: int) -> None:
+    lengths = (90, 80, 50, 30, 20, 10, 9, 8)
+    request = request_of(256, DataFacts(90, 37, None, 8, 2, 1, 8, 2, lengths), batch_size=4, stand_in=False)
+    request = replace(request, config=replace(request.config, start_layer=None, window=3))
+    choices = Choices(3, None, micro_batch, False, "int8", 4 * MIB)
+    rng, most = np.random.default_rng(0), 0
+    for _ in range(200):  # one batch of four, in parts of like lengths
+        batch = sorted(rng.permutation(lengths)[:4], reverse=True)
+        parts = [batch[begin : begin + micro_batch] for begin in range(0, 4, micro_batch)]
+        most = max(most, sum(len(part) * max(part) for part in parts))
+    unknown = replace(request, facts=replace(request.facts, profile_lengths=None))
+    without = replace(request, facts=replace(request.facts, profile_lengths=(0,) * 8))
+    counted = profile_bytes(request, choices) - profile_bytes(without, choices)
+    assert 4 * 256 * most <= counted
+    assert profile_bytes(request, choices) <= profile_bytes(unknown, choices)
