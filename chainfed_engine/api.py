@@ -16,6 +16,7 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, InvalidArgument, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
+from chainfed_engine.federation.events import NEVER_WRITTEN
 from chainfed_engine.federation.inputs import (
     complete,
     deal_rows,
@@ -35,7 +36,8 @@ from chainfed_engine.types import Arrays, TaskKind
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left: `parameters` float32 by name, `evaluation` figures ({} without evaluation data), `events`."""
+    """What a run left: `parameters` float32 by name, `evaluation` figures ({} without evaluation data), `events`: what
+    it wrote to metrics.jsonl, from where it was taken up if it was."""
 
     parameters: Arrays
     evaluation: Mapping[str, float]
@@ -204,10 +206,11 @@ def _train(
     labels = list(encoded.label_names)
     evaluation = None if held_out is None else encode(config, held_out, tokenizer, labels or None)
     clients = deal_rows(config, table, encoded)
-    events: list[dict[str, Any]] = []
+    num_written = 0  # they are read again at the end: kept, they would grow with every round
 
     def emit(event: Mapping[str, Any]) -> None:
-        events.append(dict(event))
+        nonlocal num_written
+        num_written += event["event"] not in NEVER_WRITTEN
         notify(callbacks, event)
 
     plan, absent = _plan(config, table, clients, evaluation)
@@ -226,6 +229,7 @@ def _train(
             directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
             emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
         result = session.run(directory, on_event=emit, resume=resume)
+        events = directory.last_events(num_written)
     return Result(result.parameters, result.evaluation, events, out)
 
 

@@ -9,6 +9,7 @@ steep (dp = dz / C for centred logits), hence the factor. NumPy only.
 Source: Fani et al., "Accelerating Heterogeneous Federated Learning with Closed-form Classifiers", 2024, for the idea.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ Matrix = np.ndarray[Any, Any]
 FACTOR_KEY = classifier_key("factor")
 # Rows given after training count once and those given before it, of other features, half; kept as 2 and 1.
 REFIT_WEIGHT = 2.0
+MOST_CLIENTS = 64  # asked in one round
 _ROW_BYTES = 64 << 20  # float32 rows of all clients in all rounds together
 
 
@@ -30,14 +32,25 @@ def max_rows(hidden_size: int, num_labels: int, num_clients: int) -> int:
 
 def statistics(features: Matrix, labels: Matrix, num_labels: int) -> Arrays:
     """Factor of features [n, D] and labels int64 [n] below `num_labels`: float32 [min(n, W), W], W = D + 1 + C."""
-    one_hot = np.zeros((len(labels), num_labels), features.dtype)
-    one_hot[np.arange(len(labels)), labels] = 1.0
-    return {FACTOR_KEY: least_squares.factor(features, one_hot).astype(np.float32)}
+    return gathered([(features, labels)], num_labels)
 
 
-def merge(factors: list[Matrix]) -> Matrix:
-    """The factor of the rows of all, float32, in the order given."""
-    return least_squares.merge(factors).astype(np.float32)
+def gathered(pieces: Iterable[tuple[Matrix, Matrix]], num_labels: int) -> Arrays:
+    """`statistics`, bit for bit, of features and labels that come in pieces: they are not held together."""
+
+    def one_hot(labels: Matrix, dtype: Any) -> Matrix:
+        rows: Matrix = np.zeros((len(labels), num_labels), dtype)
+        rows[np.arange(len(labels)), labels] = 1.0
+        return rows
+
+    factor = least_squares.gathered((features, one_hot(labels, features.dtype)) for features, labels in pieces)
+    return {FACTOR_KEY: factor.astype(np.float32, copy=False)}
+
+
+def merge(factors: list[Matrix], weights: Sequence[float] | None = None) -> Matrix:
+    """The factor of the rows of all, each of `factors[i]` counted `weights[i]` times, float32, in the order given."""
+    scales = None if weights is None else [float(np.sqrt(weight)) for weight in weights]
+    return least_squares.merge(factors, scales).astype(np.float32, copy=False)
 
 
 def weighted(factor: Matrix, weight: float) -> Matrix:

@@ -35,14 +35,57 @@ def factor(x: Matrix, y: Matrix) -> Matrix:
     return _reduced((joined(slice(begin, begin + step)) for begin in range(0, len(x), step)), width)
 
 
-def merge(factors: Sequence[Matrix]) -> Matrix:
-    """One factor of the rows of all; of equal width, in the order given (which fixes the bits)."""
+def gathered(pieces: Iterable[tuple[Matrix, Matrix]]) -> Matrix:
+    """`factor`, bit for bit, of rows that come in pieces (x, y): however many there are, no more than W and a half of
+    them are held."""
+    blocks, kept, count, width = _regrouped(pieces), [], 0, 0
+    for block in blocks:
+        kept.append(block)
+        count, width = count + len(block), block.shape[1]
+        if count > width:
+            return _reduced(_emptied(kept, blocks), width)
+    return np.concatenate(kept)
+
+
+def _regrouped(pieces: Iterable[tuple[Matrix, Matrix]]) -> Iterator[Matrix]:
+    """The joined rows in blocks of as many as a reduction takes in at a time."""
+    block, filled = np.empty((0, 0)), 0
+    for x, y in pieces:
+        rows = np.concatenate([x, np.ones((len(x), 1), x.dtype), y], axis=1)
+        while len(rows):
+            if filled == len(block):
+                block, filled = np.empty((rows_at_once(rows.shape[1]), rows.shape[1]), rows.dtype), 0
+            taken = rows[: len(block) - filled]
+            block[filled : filled + len(taken)] = taken
+            filled, rows = filled + len(taken), rows[len(taken) :]
+            if filled == len(block):
+                yield block
+    if filled < len(block):
+        yield block[:filled]
+
+
+def _emptied(kept: list[Matrix], more: Iterator[Matrix]) -> Iterator[Matrix]:
+    """What is kept, let go one by one, and what is still to come."""
+    while kept:
+        yield kept.pop(0)
+    yield from more
+
+
+def merge(factors: Sequence[Matrix], scales: Sequence[float] | None = None) -> Matrix:
+    """One factor of the rows of all, those of `factors[i]` times `scales[i]` (None: as they are); of equal width, in
+    the order given (which fixes the bits)."""
+    scales = [1.0] * len(factors) if scales is None else scales
     if len(factors) == 1:
-        return factors[0]
+        return _scaled(factors[0], scales[0])
     width = factors[0].shape[1]
     if sum(map(len, factors)) <= width:
-        return np.concatenate(factors, axis=0)
-    return _reduced((part for one in factors for part in _pieces(one, width)), width)
+        return np.concatenate([_scaled(*pair) for pair in zip(factors, scales, strict=True)], axis=0)
+    pairs = zip(factors, scales, strict=True)
+    return _reduced((_scaled(part, scale) for one, scale in pairs for part in _pieces(one, width)), width)
+
+
+def _scaled(rows: Matrix, scale: float) -> Matrix:
+    return rows if scale == 1.0 else rows * rows.dtype.type(scale)
 
 
 def rows_at_once(width: int) -> int:

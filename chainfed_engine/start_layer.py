@@ -26,8 +26,8 @@ def linear_cka(x: Matrix, y: Matrix) -> float:
         raise InvalidArgument(
             f"linear_cka: expected two [tokens >= 2, features] of equal tokens, got {x.shape}, {y.shape}"
         )
-    x = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
-    y = y.astype(np.float64) - y.mean(axis=0, dtype=np.float64)
+    x = _centred(x)
+    y = _centred(y)  # by now nothing here holds the x that came in
     if x.shape[0] <= max(x.shape[1], y.shape[1]):
         gram_x, gram_y = x @ x.T, y @ y.T
         cross = float(np.vdot(gram_x, gram_y))
@@ -36,6 +36,14 @@ def linear_cka(x: Matrix, y: Matrix) -> float:
         cross = float(np.linalg.norm(x.T @ y) ** 2)
         norms = float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
     return cross / norms if norms > 0.0 else 0.0
+
+
+def _centred(features: Matrix) -> Matrix:
+    """In float64, in place: a difference would hold two such matrices."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    centred = features.astype(np.float64)
+    centred -= mean
+    return centred
 
 
 def start_layers(task: TaskKind, num_layers: int, window: int) -> range:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,16 +215,19 @@ class StageTrainer:
         if self.classifier is None or not isinstance(self.readout, ClassificationReadout):
             raise InvalidArgument("classifier_statistics: expected a classification task, got a causal LM")
         self.parameters.load(arrays)
-        features, labels, loss = [], [], 0.0
-        for batch, hidden in self.prefix.sweep(self._parts(batches), range(self.model.num_layers)):
-            batch = batch_on(batch, hidden.device)
-            loss += float(self.readout.scores(hidden, batch)[0].sum())
-            features.append(self.classifier.transformed(self.readout.features(hidden, batch)))
-            labels.append(require_labels(batch))
+        readout, classifier = self.readout, self.classifier
+        losses: list[tuple[float, int]] = []
+
+        def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for batch, hidden in self.prefix.sweep(self._parts(batches), range(self.model.num_layers)):
+                batch, labels = batch_on(batch, hidden.device), require_labels(batch)
+                losses.append((float(readout.scores(hidden, batch)[0].sum()), len(labels)))
+                features = classifier.transformed(readout.features(hidden, batch))
+                yield features.cpu().numpy(), labels.cpu().numpy()
+
+        statistics = classifier_fit.gathered(rows(), classifier.num_labels)
         native.trim_heap()
-        rows, targets = torch.cat(features).cpu(), torch.cat(labels).cpu()
-        statistics = classifier_fit.statistics(rows.numpy(), targets.numpy(), self.classifier.num_labels)
-        return statistics, loss / len(targets)
+        return statistics, sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], arrays: Arrays) -> dict[str, float]:

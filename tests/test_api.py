@@ -90,7 +90,7 @@ def test_clients_whose_memory_cannot_hold_the_method_are_left_out(stores: dict[s
         planned = plan(method)
         return planned.predicted_peak_bytes - planned.parts["interpreter with torch"]
 
-    assert above_interpreter("chain") <= above_interpreter("full-adapters") + 2**20  # of so small a model
+    assert above_interpreter("chain") <= above_interpreter("full-adapters") + 2**21  # replies of 64 clients
     half = plan("chain").predicted_peak_bytes // 2
     config = replace(CONFIG, rounds=3, clients_per_round=4, client_budgets=f"{half}, 64GiB")
     result = cfe.fit(stores["bert"], clients(), config, out=tmp_path / "run")

@@ -11,6 +11,11 @@ heap: seconds of a cached step as a plan without a budget sets up the heap / wit
 Sides take turns and medians are compared, so that a busy minute hits both. Prints one JSON line a part.
 """
 
+# ruff: noqa: E402 (what prepares the process stands before torch, as in the command line)
+from chainfed_engine.cli.main import prepare_process
+
+prepare_process()
+
 import argparse
 import bz2
 import csv
@@ -36,7 +41,7 @@ import chainfed_engine as cfe
 from chainfed_engine import native
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.federation.session import open_trainer, plan_for
-from chainfed_engine.memory.lean import keep_heap_lean, set_heap
+from chainfed_engine.memory.lean import set_heap
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.model.frozen import FrozenModel
@@ -70,7 +75,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=128, help="of each of 4 sequences")
     options = parser.parse_args()
-    keep_heap_lean()
     torch.set_num_threads(os.cpu_count() or 1)
     native.set_num_threads(torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="chainfed-streaming-") as temporary:

@@ -35,7 +35,11 @@ def bert(layers: int, width: int, heads: int, **more: object) -> dict[str, Any]:
 SMALL = llama(8, 576, 1536, 9, 3, 49152)
 WIDE = llama(6, 2048, 8192, 32, 8, 32768)
 QWEN = llama(6, 1024, 3072, 16, 8, 32768, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
-# name -> (transformers config, block format, options of [chain], [train] and [memory])
+ROBERTA = bert(3, 1536, 24, model_type="roberta", architectures=["RobertaModel"], max_position_embeddings=514)
+ROBERTA |= {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+# What made predictions too high: wide models with few samples of other lengths, scores of all layers, many labels.
+VARIED = {"is_varied": True, "start_layer": None, "rounds": 5, "max_local_steps": 1}
+# name -> (transformers config, block format, options of [chain], [train] and [memory], labels and lengths of the data)
 CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "llama-576": (SMALL, "int4", {"batch_size": 8, "sequence_length": 256}),
     "llama-576-streamed": (SMALL, "int4", {"batch_size": 8, "sequence_length": 256, "budget": "smallest"}),
@@ -48,6 +52,8 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "bert-1024-streamed": (
         bert(8, 1024, 16), "int4", {"batch_size": 16, "sequence_length": 128, "budget": "smallest"}
     ),
+    "bert-2560-few": (bert(3, 2560, 40), "int4", {"batch_size": 3, "sequence_length": 96, "window": 1, **VARIED}),
+    "roberta-1536-labels": (ROBERTA, "int4", {"batch_size": 7, "sequence_length": 96, "num_labels": 150, **VARIED}),
     "bert-768-bf16": (bert(6, 768, 12), "bf16", {"batch_size": 16, "sequence_length": 128, "window": 3}),
 }  # fmt: skip
 
@@ -95,10 +101,12 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", make], check=True)  # its memory must not count
     causal = "tie_word_embeddings" in config
     streamed = options.pop("budget", None) == "smallest"
+    data = {"labels": options.pop("num_labels", 2), "is_varied": options.pop("is_varied", False)}
     layers, window = config["num_hidden_layers"], options.setdefault("window", 2)
     base = {"rounds": 2, "clients_per_round": 2, "start_layer": layers - window - 1, "max_local_steps": 2, **options}
-    clients = {f"client-{index}": rows(2 * options["batch_size"], causal, index) for index in range(2)}
-    held_out = rows(options["batch_size"], causal, 9)
+    samples = max(2 * options["batch_size"], data["labels"])
+    clients = {f"client-{index}": rows(samples, causal, index, **data) for index in range(2)}
+    held_out = rows(options["batch_size"], causal, 9, **data)
     if streamed:
         try:
             cfe.fit(store, clients, cfe.ChainConfig(budget=2**20, **base), evaluation=held_out)
@@ -120,8 +128,8 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def rows(count: int, causal: bool, seed: int) -> list[dict[str, str]]:
-    """Rows of seeded letters, longer than any sequence here; the synth tokenizer takes a token a byte."""
+def rows(count: int, causal: bool, seed: int, *, labels: int = 2, is_varied: bool = False) -> list[dict[str, str]]:
+    """Rows of seeded letters, longer than any sequence here or of 10 to 110; a byte is a token."""
     import random
 
     letters = random.Random(seed)
@@ -129,9 +137,12 @@ def rows(count: int, causal: bool, seed: int) -> list[dict[str, str]]:
     def text(length: int) -> str:
         return "".join(letters.choices("abcdefgh ", k=length))
 
+    def length() -> int:
+        return letters.randint(10, 110) if is_varied else 600
+
     if causal:
-        return [{"prompt": "a", "response": text(600)} for _ in range(count)]
-    return [{"text": text(600), "label": "ab"[index % 2]} for index in range(count)]
+        return [{"prompt": "a", "response": text(length())} for _ in range(count)]
+    return [{"text": "a" + text(length()), "label": f"label {index % labels}"} for index in range(count)]
 
 
 if __name__ == "__main__":

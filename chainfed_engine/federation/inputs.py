@@ -3,10 +3,12 @@
 In: a `RunConfig` and tables; out: encoded data, a plan, the label file of a run directory.
 """
 
+import heapq
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from chainfed_engine import data
@@ -16,7 +18,7 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import ChainfedError, CorruptFile, DataError, StorageError
 from chainfed_engine.federation.files import write_text
 from chainfed_engine.federation.session import plan_for
-from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
+from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts, profile_samples
 from chainfed_engine.memory.plan import Plan
 from chainfed_engine.model.format import StoreInfo
 
@@ -51,6 +53,9 @@ def plan_run(config: RunConfig, clients: Mapping[str, EncodedData], evaluation: 
         largest_client_samples=max((len(part) for part in clients.values()), default=0),
         evaluation_samples=0 if evaluation is None else len(evaluation),
         num_clients=len(clients) or None,
+        training_samples=samples or None,
+        profile_lengths=_longest_samples(clients, profile_samples(chain, len(clients))),
+        num_labels=max((len(part.label_names) for part in parts), default=0) or None,
     )
     info = StoreInfo.read(config.store)
     return plan_for(info, chain, config.data.task, data_bytes=BATCH_TOKEN_BYTES * largest, facts=facts)
@@ -64,6 +69,12 @@ def store_of_run(run_dir: Path, config: RunConfig) -> StoreInfo:
     except StorageError as error:
         where = f"{run_dir / 'config.toml'}, [model] store; correct it there if the store was moved"
         raise StorageError(f"{error}; the run's store is named in {where}") from error
+
+
+def _longest_samples(clients: Mapping[str, EncodedData], count: int) -> tuple[int, ...]:
+    """The most tokens of any client's longest sample, of any's second longest, and so on to the `count`-th."""
+    longest = (heapq.nlargest(count, map(len, part.input_ids)) for part in clients.values())
+    return tuple(max(lengths) for lengths in zip_longest(*longest, fillvalue=0))
 
 
 def complete(config: RunConfig, table: Table) -> Table:

@@ -115,6 +115,12 @@ class RunDirectory:
         files.cut(self._metrics, self._metrics_path, length)
         return kept
 
+    def last_events(self, count: int) -> list[Event]:
+        """The `count` newest lines of metrics.jsonl."""
+        with storage_errors(self._metrics_path, "read"):
+            lines = self._metrics_path.read_bytes().splitlines(keepends=True)
+        return [event for line in lines[len(lines) - count :] if (event := _parse_event(line)) is not None]
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save(self, state: tuple[Mapping[str, np.ndarray], Mapping[str, Any]]) -> None:

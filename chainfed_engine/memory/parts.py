@@ -9,8 +9,9 @@ query width, K key width, M tokens of a micro-batch, n target tokens among them,
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from chainfed_engine import classifier_fit, least_squares, stand_in
+from chainfed_engine import least_squares, stand_in
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
+from chainfed_engine.memory import closed_form
 from chainfed_engine.schedule import num_window_layers
 from chainfed_engine.start_layer import start_layers
 from chainfed_engine.types import ModelShape, TaskKind
@@ -74,6 +75,9 @@ class DataFacts:
     largest_client_samples: int | None = None
     evaluation_samples: int | None = None
     num_clients: int | None = None
+    training_samples: int | None = None
+    num_labels: int | None = None
+    profile_lengths: tuple[int, ...] | None = None  # the most tokens of any client's longest, second longest ... sample
 
 
 @dataclass(frozen=True)
@@ -230,14 +234,31 @@ def step_bytes(request: Request, choices: Choices) -> int:
 
 def fill_bytes(request: Request, choices: Choices) -> int:
     """The prefix over the batches that are held at once; the evaluation's pass ends with a head besides."""
-    width, tokens = request.shape.hidden_size, request.part_tokens(choices)
-    held, facts = max(choices.fill_bytes, F32 * tokens * width), request.facts
+    head = F32 * 4 * request.part_samples(choices) * request.targets * request.shape.hidden_size + HEAD_WORKSPACE_BYTES
+    return _held_bytes(request, choices) + max(
+        _layer_bytes(request, choices), head if request.task == "causal-lm" else 0
+    )
+
+
+def classifier_bytes(request: Request, choices: Choices) -> int:
+    """The classifier in closed form: a client's pass over its samples, or what the server makes of all rows."""
+    taking = closed_form.client_bytes(request, _layer_bytes(request, choices))
+    return max(taking + _held_bytes(request, choices) if taking else 0, closed_form.fit_bytes(request))
+
+
+def _held_bytes(request: Request, choices: Choices) -> int:
+    """Hidden states of the batches that a layer-major pass holds."""
+    width, facts = request.shape.hidden_size, request.facts
+    held = max(choices.fill_bytes, F32 * request.part_tokens(choices) * width)
     if facts.largest_client_samples is not None and facts.evaluation_samples is not None:
         samples = max(facts.largest_client_samples, facts.evaluation_samples)
         held = min(held, F32 * samples * request.tokens * width)
-    layer = F32 * tokens * (live_floats(request.shape) + 2 * request.config.adapter_size)
-    head = F32 * 4 * request.part_samples(choices) * request.targets * width + HEAD_WORKSPACE_BYTES
-    return held + max(layer, head if request.task == "causal-lm" else 0)
+    return held
+
+
+def _layer_bytes(request: Request, choices: Choices) -> int:
+    """One layer over a micro-batch, without a graph."""
+    return F32 * request.part_tokens(choices) * (live_floats(request.shape) + 2 * request.config.adapter_size)
 
 
 def profile_bytes(request: Request, choices: Choices) -> int:
@@ -245,27 +266,31 @@ def profile_bytes(request: Request, choices: Choices) -> int:
     config, shape = request.config, request.shape
     if config.method != "chain" or not (config.stand_in or config.start_layer is None):
         return 0
-    width, tokens = shape.hidden_size, _profile_tokens(request)
+    width, tokens = shape.hidden_size, _profile_tokens(request, choices)
     total = F32 * tokens * width + F32 * request.part_tokens(choices) * live_floats(shape)
     if config.start_layer is None:
-        rows = min(tokens, MAX_CKA_TOKENS)
-        total += 2 * F32 * rows * width
-        total = max(total, F32 * tokens * width * 3 + 2 * F64 * rows * width + 3 * F64 * min(rows, width) ** 2)
+        rows = min(_unpadded_profile_tokens(request), MAX_CKA_TOKENS)
+        total = max(total + F32 * rows * width, F32 * (tokens + rows) * width + cka_bytes(rows, width))
     if _stand_in_depths(request):
         rows, depths = _profile_rows(request, choices), _depths_at_once(request)
         columns = 2 * width + 1
         kept = F32 * (depths + 1) * rows * width + depths * F32 * min(rows, columns) * columns
-        reducing = _reducing_bytes(rows, columns)
+        reducing = closed_form.reducing_bytes(rows, columns)
         total = max(total + F32 * depths * rows * width, F32 * tokens * width + kept + reducing)
     return total
 
 
+def cka_bytes(rows: int, width: int) -> int:
+    """Comparing a layer's output with the embedding's: its rows gathered, then both in float64 and their products."""
+    squares = 2 * rows * rows if rows <= width else width * width
+    return F64 * (2 * rows * width + squares)
+
+
 def solve_bytes(request: Request, choices: Choices) -> int:
     """The server's closed form for one depth, beside the statistics of one exchange."""
-    shape = request.shape
     if not _stand_in_depths(request):
-        return _classifier_fit_bytes(request)
-    width = shape.hidden_size
+        return 0
+    width = request.shape.hidden_size
     columns = 2 * width + 1
     of_client = _profile_rows(request, choices)
     of_all = of_client * _profile_clients(request)
@@ -279,41 +304,14 @@ def solve_bytes(request: Request, choices: Choices) -> int:
     making = F64 * (2 * rank * width + (width * width if 2 * rank >= width else 0))
     making += stand_in_map_bytes(request, choices)
     result = max(fitting, making) + F64 * 3 * least_squares.BLOCK_COLUMNS * max(rows, width)
-    merging = _reducing_bytes(of_all, columns)
+    merging = closed_form.reducing_bytes(of_all, columns)
     merging += reply if merging else 0
-    stand_ins = _depths_at_once(request) * one + max(one + reply, merging, result)
-    return max(stand_ins, _classifier_fit_bytes(request))
-
-
-def _reducing_bytes(rows: int, columns: int) -> int:
-    """Taking rows into a triangular factor: what the decomposition is given, twice copied; the factor comes after."""
-    if rows <= columns:
-        return 0
-    given = min(rows, columns + least_squares.rows_at_once(columns))
-    return F64 * columns * 3 * given
-
-
-def _classifier_fit_bytes(request: Request) -> int:
-    """The closed-form classifier: all rows, once more while they are merged, and their Gram matrix in float64."""
-    width = request.shape.hidden_size
-    if not _fits_classifier(request):
-        return 0
-    rows = min(classifier_fit.max_rows(width, 2, 1), 2 * width)
-    return 2 * F32 * rows * width + 3 * F64 * min(rows, width) ** 2
-
-
-def _fits_classifier(request: Request) -> bool:
-    config = request.config
-    wanted = config.probe_rounds != 0 or bool(config.refit_rounds)
-    return config.method == "chain" and request.task == "classification" and wanted
+    return _depths_at_once(request) * one + max(one + reply, merging, result)
 
 
 def statistics_bytes(request: Request, choices: Choices) -> int:
     """What is kept through the run: fitted maps, and the classifier's factor for the refit."""
-    width = request.shape.hidden_size
-    rows = min(classifier_fit.max_rows(width, 2, 1), width + 3)
-    keeps_factor = _fits_classifier(request) and request.config.refit_rounds != 0
-    return _stand_in_bytes(request, choices) + F32 * rows * (width + 3) * keeps_factor
+    return _stand_in_bytes(request, choices) + closed_form.kept_bytes(request)
 
 
 def _stand_in_bytes(request: Request, choices: Choices) -> int:
@@ -331,24 +329,45 @@ def stand_in_map_bytes(request: Request, choices: Choices) -> int:
     return F32 * width * (2 * rank if 2 * rank < width else width)
 
 
-def _profile_clients(request: Request) -> int:
-    return min(request.config.profile_clients, request.facts.num_clients or request.config.profile_clients)
-
-
-def _profile_tokens(request: Request) -> int:
+def profile_samples(config: ChainConfig, num_clients: int | None) -> int:
     """Of one client."""
-    batches = -(-stand_in.BATCHES // _profile_clients(request)) if request.config.stand_in else 1
-    samples = batches * request.config.batch_size
-    if request.facts.largest_client_samples is not None:
-        samples = min(samples, request.facts.largest_client_samples)
-    return samples * request.tokens
+    batches = -(-stand_in.BATCHES // _asked_for_profiles(config, num_clients)) if config.stand_in else 1
+    return batches * config.batch_size
+
+
+def _asked_for_profiles(config: ChainConfig, num_clients: int | None) -> int:
+    return min(config.profile_clients, num_clients or config.profile_clients)
+
+
+def _profile_clients(request: Request) -> int:
+    return _asked_for_profiles(request.config, request.facts.num_clients)
+
+
+def _profile_samples(request: Request) -> int:
+    samples, facts = profile_samples(request.config, request.facts.num_clients), request.facts
+    return samples if facts.largest_client_samples is None else min(samples, facts.largest_client_samples)
+
+
+def _profile_tokens(request: Request, choices: Choices) -> int:
+    """Of one client; each part is padded to its longest sample, and the longest may lie in parts of their own."""
+    samples, lengths, size = _profile_samples(request), request.facts.profile_lengths, request.part_samples(choices)
+    if lengths is None:
+        return samples * request.tokens
+    parts_of_batch = -(-request.config.batch_size // size)
+    parts = -(-samples // request.config.batch_size) * parts_of_batch
+    return min(samples * request.tokens, size * sum(lengths[:parts]))
+
+
+def _unpadded_profile_tokens(request: Request) -> int:
+    samples, lengths = _profile_samples(request), request.facts.profile_lengths
+    return samples * request.tokens if lengths is None else sum(lengths[:samples])
 
 
 def _profile_rows(request: Request, choices: Choices) -> int:
     """Of one client and depth: tokens for a causal LM, pooled samples for a classifier."""
     limit = -(-choices.stand_in_rows // _profile_clients(request))
-    tokens = _profile_tokens(request)
-    return min(limit, tokens if request.task == "causal-lm" else tokens // max(request.tokens, 1))
+    rows = _unpadded_profile_tokens(request) if request.task == "causal-lm" else _profile_samples(request)
+    return min(limit, rows)
 
 
 def stand_in_row_counts(request: Request) -> tuple[int, ...]:

@@ -118,8 +118,7 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
     """The fastest choices within the budget for a given window, None if none fit."""
     budget = request.config.budget_bytes
     candidates = [each for each in _candidates(request) if not at_full_speed or _at_full_speed(request, each)]
-    is_deep = keeps_deep_graphs(request.config, request.window)
-    lean = _DEEP_LEAN_SLOWDOWN if is_deep else _LEAN_SLOWDOWN
+    lean = _DEEP_LEAN_SLOWDOWN if keeps_deep_graphs(request.config, request.window) else _LEAN_SLOWDOWN
     ordered: list[tuple[float, bool, Choices]] = []
     for choices in candidates:
         cost = _cost(request, choices)
@@ -154,8 +153,7 @@ def _advice(request: Request, chosen: Plan) -> str | None:
 
 def _cost(request: Request, choices: Choices) -> float:
     """What candidates are ordered by: seconds a step, and what fewer rows for the stand-ins are worth."""
-    most = stand_in_row_counts(request)[0]
-    halvings = math.log2(most / choices.stand_in_rows) if choices.stand_in_rows else 0.0
+    halvings = math.log2(stand_in_row_counts(request)[0] / choices.stand_in_rows) if choices.stand_in_rows else 0.0
     return step_seconds(request, choices) * math.pow(_HALVED_ROWS, halvings)
 
 

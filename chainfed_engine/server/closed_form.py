@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from chainfed_engine.classifier_fit import MOST_CLIENTS
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.sampling import DEAL_STREAM, client_seed
 from chainfed_engine.types import Scalar
-
-MOST_CLIENTS = 64  # asked in one round
 
 
 class ClosedForm:

@@ -164,8 +164,8 @@ class GlobalModel:
     def fit_classifier(self, statistics: list[Arrays], *, weight: float = 1.0) -> None:
         """The classifier that all rows given so far ask for, these included, in this order. `weight`: how often these
         count against those of other features; all together count as if it were 1."""
-        parts = [classifier_fit.weighted(part[FACTOR_KEY], weight) for part in statistics]
-        factor = classifier_fit.merge([*self._factor.values(), *parts])
+        known, parts = list(self._factor.values()), [part[FACTOR_KEY] for part in statistics]
+        factor = classifier_fit.merge([*known, *parts], [1.0] * len(known) + [weight] * len(parts))
         has_bias = OUT_BIAS in self._trained.classifier_keys()
         counted = classifier_fit.weighted(factor, 1 / weight)
         self._trained.replace(classifier_fit.solve(counted, len(self.array(OUT_WEIGHT)), bias=has_bias))

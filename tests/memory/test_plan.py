@@ -102,7 +102,8 @@ def test_the_heap_keeps_freed_blocks_where_the_budget_has_room_for_them() -> Non
     free = make_plan(request(None, window=2))
     kept = free.parts["heap kept for the next step"]
     phase = max(size for name, size in free.parts.items() if name.startswith("largest phase"))
-    assert free.choices.kept_heap_bytes == phase + kept > phase
+    # What a step may add to a kept heap before it is trimmed is counted, not kept.
+    assert int(1.1 * free.choices.kept_heap_bytes) == phase + kept > free.choices.kept_heap_bytes > phase
     held = make_plan(request(free.predicted_peak_bytes, window=2))
     assert held.choices == free.choices
     least = make_plan(request(free.smallest_budget_bytes, window=2))
