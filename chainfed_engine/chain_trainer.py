@@ -116,8 +116,10 @@ class ChainTrainer:
         if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
             num_labels = len(self._arrays[classifier_key("out_weight")])
             bias = classifier_key("out_bias") in self._arrays
-            counted = classifier_fit.weighted(self._classifier_factor, 1 / self._row_weight)
-            self._arrays.update(classifier_fit.solve(counted, num_labels, bias=bias))
+            refits = self._row_weight != 1.0
+            if not (refits and classifier_fit.explains(sum(self._losses) / len(self._losses), num_labels)):
+                counted = classifier_fit.weighted(self._classifier_factor, 1 / self._row_weight)
+                self._arrays.update(classifier_fit.solve(counted, num_labels, bias=bias))
             self._is_fitted = True
         if self._stage_begun:
             self._arrays.update(self._trainer.trained())

@@ -22,12 +22,19 @@ FACTOR_KEY = classifier_key("factor")
 # Rows given after training count once and those given before it, of other features, half; kept as 2 and 1.
 REFIT_WEIGHT = 2.0
 MOST_CLIENTS = 64  # asked in one round
+_EXPLAINED = 0.1  # of the loss of a classifier that knows nothing
 _ROW_BYTES = 64 << 20  # float32 rows of all clients in all rounds together
 
 
 def max_rows(hidden_size: int, num_labels: int, num_clients: int) -> int:
     """Rows that each of `num_clients` may give: of 80 clients 543 for D = 384 and C = 2, 52 for D = 4096."""
     return max(1, _ROW_BYTES // (4 * (hidden_size + 1 + num_labels)) // max(num_clients, 1))
+
+
+def explains(loss: float, num_labels: int) -> bool:
+    """Whether a classifier with this mean cross-entropy on training rows has nothing left that a refit could mend: what
+    was trained through it separates them, and least squares on labels would only blur it (docs/LOG.md, 2026-11-29)."""
+    return loss < _EXPLAINED * float(np.log(num_labels))
 
 
 def statistics(features: Matrix, labels: Matrix, num_labels: int) -> Arrays:

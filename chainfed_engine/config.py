@@ -56,8 +56,8 @@ class ChainConfig:
     # budget does not hold them without slowing steps down
     window: int | None = _in("chain", None, low=1, high=1024, none="auto")
     auxiliary_weight: float = _in("chain", 0.2, high=100)
-    # 0-based; None: from `threshold` by CKA, for causal LMs no lower than one window below the topmost
-    # and than half of the layers, unless the window is wider
+    # 0-based; None: for a classifier layer 0 where the window holds more than half of the layers, else from `threshold`
+    # by CKA, for causal LMs no lower than one window below the topmost and than half of the layers
     start_layer: int | None = _in("chain", None, high=1023, none="auto")
     threshold: float = _in("chain", 0.8, high=1)
     schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
@@ -83,7 +83,7 @@ class ChainConfig:
 
     method: Method = _in("train", "chain")  # noqa: RUF009 (an alias of Literal, immutable)
     device: str = _in("train", "cpu")  # "cpu", "cuda" or "cuda:1"
-    lr: float = _in("train", 1e-3, above=True, high=10)
+    lr: float = _in("train", 2e-3, above=True, high=10)
     lr_decay: Literal["none", "cosine"] = _in("train", "cosine")  # from `lr` in the first round down to the last
     weight_decay: float = _in("train", 0.01, high=10)
     batch_size: int = _in("train", 16, low=1, high=65536)

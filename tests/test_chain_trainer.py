@@ -91,6 +91,21 @@ def test_the_last_rounds_fit_the_classifier_to_their_batches_and_half_the_first(
     assert all(fitted[key].tobytes() == trained[key].tobytes() for key in trained if key.startswith("adapters."))
 
 
+def test_a_classifier_that_explains_its_batches_is_left_as_it_is_in_the_last_rounds(
+    checkpoint: Callable[..., Checkpoint],
+) -> None:
+    data = loader("classes")[:1]
+    config = ChainConfig(window=3, rounds=60, probe_rounds=1, refit_rounds=1, adapter_size=16, lr=0.05, lr_decay="none")
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
+        while trainer.round_id < 59:
+            trainer.step(data[0])
+            trainer.advance()
+        trained = trainer.state_dict()
+        assert trainer.stage.kind == "probe" and trainer.step(data[0]) < 0.06
+        trainer.advance()
+        assert all(value.tobytes() == trained[key].tobytes() for key, value in trainer.state_dict().items())
+
+
 def test_the_state_moves_to_another_trainer(checkpoint: Callable[..., Checkpoint]) -> None:
     data = loader("classes")
     config = ChainConfig(window=2, rounds=2, start_layer=1, adapter_size=4, lr=1e-2)

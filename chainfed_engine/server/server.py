@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.schedule import num_window_layers
@@ -296,8 +296,9 @@ class Server:
             collector.drop(out_of_line)
             rejected |= out_of_line
         if collector.usable and self._plan.fits_classifier(stage):
-            given = [collector.usable[name].arrays for name in sorted(collector.usable)]
-            self._model.fit_classifier(given, weight=self._plan.row_weight(round_id))
+            if not self._explains(collector.mean_loss()):
+                given = [collector.usable[name].arrays for name in sorted(collector.usable)]
+                self._model.fit_classifier(given, weight=self._plan.row_weight(round_id))
         elif collector.usable:
             self._model.update(self.combiner.combine(collector.usable, stage, round_id))
         self._run.typical_size = collector.typical_size
@@ -320,6 +321,12 @@ class Server:
             start_layer=self._run.start_layer,
             typical_norm=self._run.typical_norm,
         )
+
+    def _explains(self, loss: float | None) -> bool:
+        """Whether this round would fit again a classifier that already explains the rows of this round's clients."""
+        refits = self._run.round_id >= self._plan.first_refit_round
+        shape = self._model.classifier_shape
+        return refits and loss is not None and shape is not None and classifier_fit.explains(loss, shape[0])
 
     # -- save and restore ----------------------------------------------------------------------------------------
 

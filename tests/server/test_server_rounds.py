@@ -147,6 +147,19 @@ def test_in_the_last_rounds_rows_of_trained_features_count_twice_as_much_as_thos
     np.testing.assert_allclose(server.parameters()["classifier.out_weight"], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("loss", "stays"), [(0.1, True), (0.12, False)])
+def test_a_classifier_that_already_explains_the_rows_is_not_fitted_again(loss: float, stays: bool) -> None:
+    """Of three labels: a tenth of log 3 is 0.11. What is fitted before training is fitted whatever clients say."""
+    server = make_server(probe_rounds=1, refit_rounds=2, rounds=6)
+    site, changed = Site(server.client_samples), []
+    while not server.done:
+        before = server.parameters()
+        answers = [site.answer(task) for task in server.next_tasks()]
+        server.receive([replace(answer, metrics={**answer.metrics, "loss": loss}) for answer in answers])
+        changed.append("classifier.out_weight" in changed_keys(before, server.parameters()))
+    assert changed[0] and changed[4:] == [not stays] * 2
+
+
 @pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}, {"refit_rounds": 1}])
 def test_a_language_model_has_no_classifier_to_probe(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="classification"):
