@@ -37,6 +37,13 @@ def explains(loss: float, num_labels: int) -> bool:
     return loss < _EXPLAINED * float(np.log(num_labels))
 
 
+def refit_clients(asked: int, clients_per_round: int, rounds: int) -> int:
+    """How many of the `asked` clients each of `rounds` refit rounds asks, or one more. They are sent all trained
+    adapters, so every client is asked once, unless that left fewer a round than train in one."""
+    spread = asked // max(rounds, 1)
+    return spread if spread >= clients_per_round else asked
+
+
 def statistics(features: Matrix, labels: Matrix, num_labels: int) -> Arrays:
     """Factor of features [n, D] and labels int64 [n] below `num_labels`: float32 [min(n, W), W], W = D + 1 + C."""
     return gathered([(features, labels)], num_labels)

@@ -52,12 +52,15 @@ def rows_given(request: "Request") -> Rows:
     of_round = clients * of_client
     limit = config.max_local_steps * config.batch_size
     most, samples = facts.largest_client_samples, facts.training_samples
+    # After training fewer are asked in a round, for more rows each.
+    refits = range(1, max(most_rounds[1], 1) + 1)
+    asked = min(classifier_fit.refit_clients(clients, config.clients_per_round, rounds) for rounds in refits)
     if most:
         of_round = min(of_round, trained * most + clients)
-        of_client = min(of_client, most, -(-most * trained // clients))
+        of_client = min(of_client, most, -(-most * trained // asked))
     if limit and samples and most:
         # Those asked may be the larger ones, and shares go by size.
-        asks_all = clients == facts.num_clients
+        asks_all = asked == facts.num_clients
         spread = 1.0 if asks_all else most * (facts.num_clients or clients) / samples
         of_round = min(of_round, int(trained * limit * spread) + 1 + clients)
     in_all = sum(most_rounds) * of_round
