@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from chainfed_engine.config_file import dump_config, load_config
 from chainfed_engine.data import EncodedData, Table, Tokenizer, budgets
 from chainfed_engine.errors import DataError, InvalidArgument, MemoryBudgetExceeded, StorageError
 from chainfed_engine.federation import RunDirectory, read_adapters
-from chainfed_engine.federation.events import NEVER_WRITTEN
 from chainfed_engine.federation.inputs import (
     complete,
     deal_rows,
@@ -206,13 +206,6 @@ def _train(
     labels = list(encoded.label_names)
     evaluation = None if held_out is None else encode(config, held_out, tokenizer, labels or None)
     clients = deal_rows(config, table, encoded)
-    num_written = 0  # they are read again at the end: kept, they would grow with every round
-
-    def emit(event: Mapping[str, Any]) -> None:
-        nonlocal num_written
-        num_written += event["event"] not in NEVER_WRITTEN
-        notify(callbacks, event)
-
     plan, absent = _plan(config, table, clients, evaluation)
     clients = {name: part for name, part in clients.items() if name not in absent}
     recorded = replace(config, chain=plan.recorded_in(config.chain))
@@ -225,11 +218,12 @@ def _train(
     ):
         keep_labels(out, labels, resume=resume)
         if absent and not resume:
-            event = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
-            directory.record({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
-            emit({**event, "predicted_peak_bytes": plan.predicted_peak_bytes})
-        result = session.run(directory, on_event=emit, resume=resume)
-        events = directory.last_events(num_written)
+            event: dict[str, Any] = {"event": "clients", "round": -1, "num_clients": len(clients), "left_out": absent}
+            event["predicted_peak_bytes"] = plan.predicted_peak_bytes
+            directory.record(event)
+            notify(callbacks, event)
+        result = session.run(directory, on_event=partial(notify, callbacks), resume=resume)
+        events = directory.recorded()
     return Result(result.parameters, result.evaluation, events, out)
 
 

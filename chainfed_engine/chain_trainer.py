@@ -116,8 +116,8 @@ class ChainTrainer:
         if self._classifier_factor is not None and self._schedule.stage(self.round_id).kind == "probe":
             num_labels = len(self._arrays[classifier_key("out_weight")])
             bias = classifier_key("out_bias") in self._arrays
-            refits = self._row_weight != 1.0
-            if not (refits and classifier_fit.explains(sum(self._losses) / len(self._losses), num_labels)):
+            loss, refits = self._mean_loss(), self._row_weight != 1.0
+            if not (refits and loss is not None and classifier_fit.explains(loss, num_labels)):
                 counted = classifier_fit.weighted(self._classifier_factor, 1 / self._row_weight)
                 self._arrays.update(classifier_fit.solve(counted, num_labels, bias=bias))
             self._is_fitted = True
@@ -187,11 +187,14 @@ class ChainTrainer:
         self._classifier_factor = classifier_fit.merge([*known, factor])
         return loss
 
+    def _mean_loss(self) -> float | None:
+        """Of this stage's steps so far; None without one."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
     def _report_round(self) -> None:
         """`round` and `memory` events of the stage that ends; `seconds`: the steps alone, without the caller's data."""
-        window, losses = self.stage.window, self._losses
-        mean = sum(losses) / len(losses) if losses else None
-        about = {"loss": mean, "window": [window.start, window.stop], "steps": len(losses)}
+        window = self.stage.window
+        about = {"loss": self._mean_loss(), "window": [window.start, window.stop], "steps": len(self._losses)}
         self._notify("round", **about, start_layer=self._schedule_start(), seconds={"train": self._seconds})
         self._notify("memory", peak_rss_bytes=peak_rss_bytes())
         self._losses, self._seconds = [], 0.0

@@ -106,6 +106,17 @@ def test_a_classifier_that_explains_its_batches_is_left_as_it_is_in_the_last_rou
         assert all(value.tobytes() == trained[key].tobytes() for key, value in trainer.state_dict().items())
 
 
+def test_a_last_round_without_a_batch_fits_what_is_known(checkpoint: Callable[..., Checkpoint]) -> None:
+    data = loader("classes")
+    config = ChainConfig(window=3, rounds=3, probe_rounds=1, refit_rounds=1, adapter_size=4)
+    with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
+        for _ in range(2):
+            trainer.step(data[0])
+            trainer.advance()
+        assert trainer.stage.kind == "probe" and trainer.advance() is None
+        assert np.isfinite(trainer.evaluate(data)["loss"])
+
+
 def test_the_state_moves_to_another_trainer(checkpoint: Callable[..., Checkpoint]) -> None:
     data = loader("classes")
     config = ChainConfig(window=2, rounds=2, start_layer=1, adapter_size=4, lr=1e-2)

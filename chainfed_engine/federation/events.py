@@ -18,7 +18,6 @@ from chainfed_engine.memory.plan import Plan
 from chainfed_engine.server import Summary
 
 Event = dict[str, Any]
-NEVER_WRITTEN = ("phase", "step", "end")
 _SECONDS = "_seconds"
 
 

@@ -56,6 +56,7 @@ class RunDirectory:
         self._received_path = self._state_path / "received"
         self._metrics_path = self.path / "metrics.jsonl"
         self._number = 0  # of the last saved state
+        self._num_recorded = 0
         self._stand_in_digests: dict[str, str] = {}  # file in state/ -> sha256 of what it holds
         self._config_text = config_text
         check_free(self.path, resume=resume)
@@ -100,6 +101,7 @@ class RunDirectory:
         """Append one line to metrics.jsonl and hand it to the system at once."""
         line = json.dumps(event, allow_nan=False, separators=(", ", ": "))
         files.append(self._metrics, self._metrics_path, line.encode() + b"\n")
+        self._num_recorded += 1
 
     def cut_events(self, keep: Callable[[Event], bool]) -> list[Event]:
         """Drop metrics from the first incomplete line, or line that `keep` refuses, on; returns what stays."""
@@ -115,11 +117,12 @@ class RunDirectory:
         files.cut(self._metrics, self._metrics_path, length)
         return kept
 
-    def last_events(self, count: int) -> list[Event]:
-        """The `count` newest lines of metrics.jsonl."""
+    def recorded(self) -> list[Event]:
+        """What was recorded since this run was begun or taken up, read again: kept, it would grow with every round."""
         with storage_errors(self._metrics_path, "read"):
             lines = self._metrics_path.read_bytes().splitlines(keepends=True)
-        return [event for line in lines[len(lines) - count :] if (event := _parse_event(line)) is not None]
+        newest = lines[len(lines) - self._num_recorded :]
+        return [event for line in newest if (event := _parse_event(line)) is not None]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -267,7 +267,7 @@ def _layer_bytes(request: Request, choices: Choices) -> int:
 def profile_bytes(request: Request, choices: Choices) -> int:
     """The clients' streamed pass for scores and stand-ins."""
     config, shape = request.config, request.shape
-    if config.method != "chain" or not (config.stand_in or config.start_layer is None):
+    if config.method != "chain" or not (config.uses_stand_in or config.start_layer is None):
         return 0
     width, tokens = shape.hidden_size, _profile_tokens(request, choices)
     total = F32 * tokens * width + F32 * request.part_tokens(choices) * live_floats(shape)
@@ -334,7 +334,7 @@ def stand_in_map_bytes(request: Request, choices: Choices) -> int:
 
 def profile_samples(config: ChainConfig, num_clients: int | None) -> int:
     """Of one client."""
-    batches = -(-stand_in.BATCHES // _asked_for_profiles(config, num_clients)) if config.stand_in else 1
+    batches = -(-stand_in.BATCHES // _asked_for_profiles(config, num_clients)) if config.uses_stand_in else 1
     return batches * config.batch_size
 
 

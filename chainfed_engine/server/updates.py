@@ -108,10 +108,11 @@ class UpdateCollector:
         return refused
 
     def mean_loss(self) -> float | None:
-        """Mean loss of the usable replies weighted by samples, summed in name order."""
+        """Mean loss of the usable replies weighted by samples, summed in name order. None counts as less than nothing:
+        one client's word must not outweigh what the others measured."""
         ordered = [self.usable[name] for name in sorted(self.usable)]
         total = sum(reply.num_samples for reply in ordered)
-        weighted = sum(reply.num_samples * float(reply.metrics[LOSS]) for reply in ordered)
+        weighted = sum(reply.num_samples * max(float(reply.metrics[LOSS]), 0.0) for reply in ordered)
         return weighted / total if ordered else None
 
     def totals(self) -> dict[str, float]:

@@ -160,6 +160,18 @@ def test_a_classifier_that_already_explains_the_rows_is_not_fitted_again(loss: f
     assert changed[0] and changed[4:] == [not stays] * 2
 
 
+def test_one_client_cannot_stop_the_last_fit_by_a_loss_below_nothing() -> None:
+    server = make_server(probe_rounds=1, refit_rounds=1, rounds=4)
+    site = Site(server.client_samples)
+    while server.round_id < 3:
+        server.receive([site.answer(task) for task in server.next_tasks()])
+    before, answers = server.parameters(), [site.answer(task) for task in server.next_tasks()]
+    losses = [-1e30] + [1.0] * (len(answers) - 1)
+    told = zip(answers, losses, strict=True)
+    server.receive([replace(answer, metrics={**answer.metrics, "loss": loss}) for answer, loss in told])
+    assert "classifier.out_weight" in changed_keys(before, server.parameters())
+
+
 @pytest.mark.parametrize("fields", [{"method": "linear-probe"}, {"probe_rounds": 1}, {"refit_rounds": 1}])
 def test_a_language_model_has_no_classifier_to_probe(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="classification"):
