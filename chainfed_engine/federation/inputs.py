@@ -18,8 +18,9 @@ from chainfed_engine.data import EncodedData, Table, Tokenizer
 from chainfed_engine.errors import ChainfedError, CorruptFile, DataError, StorageError
 from chainfed_engine.federation.files import write_text
 from chainfed_engine.federation.session import plan_for
-from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts, profile_samples
+from chainfed_engine.memory.parts import BATCH_TOKEN_BYTES, DataFacts
 from chainfed_engine.memory.plan import Plan
+from chainfed_engine.memory.stand_ins import profile_samples
 from chainfed_engine.model.format import StoreInfo
 
 LABELS_FILE = "labels.json"

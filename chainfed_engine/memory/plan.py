@@ -23,11 +23,11 @@ from chainfed_engine.memory.parts import (
     branches,
     keeps_deep_graphs,
     saved_floats,
-    stand_in_row_counts,
     step_bytes,
 )
 from chainfed_engine.memory.prediction import START_UP, Plan, predict, with_kept_heap
 from chainfed_engine.memory.reasons import reasons
+from chainfed_engine.memory.stand_ins import stand_in_row_counts
 from chainfed_engine.sizes import format_size
 
 __all__ = [

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from chainfed_engine.memory.parts import FREE_SLOTS, RESIDENT_FILL_BYTES, Request, stand_in_row_counts
+from chainfed_engine.memory.parts import FREE_SLOTS, RESIDENT_FILL_BYTES, Request
 from chainfed_engine.memory.prediction import Plan, predict, with_kept_heap
+from chainfed_engine.memory.stand_ins import stand_in_row_counts
 from chainfed_engine.sizes import format_size
 
 

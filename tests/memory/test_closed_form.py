@@ -11,17 +11,9 @@ import pytest
 from chainfed_engine import classifier_fit, least_squares
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.memory import closed_form
-from chainfed_engine.memory.parts import (
-    Choices,
-    DataFacts,
-    Request,
-    StoreSizes,
-    cka_bytes,
-    profile_bytes,
-    solve_bytes,
-    statistics_bytes,
-)
+from chainfed_engine.memory.parts import Choices, DataFacts, Request, StoreSizes
 from chainfed_engine.memory.plan import predict
+from chainfed_engine.memory.stand_ins import cka_bytes, profile_bytes, solve_bytes, statistics_bytes
 from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.plan import Plan
@@ -174,8 +166,8 @@ def test_statistics_are_counted_by_the_tokens_that_clients_have_and_not_by_their
 def test_hidden_states_of_a_profile_are_counted_as_their_parts_can_be_padded(micro_batch: int) -> None:
     lengths = (90, 80, 50, 30, 20, 10, 9, 8)
     request = request_of(256, DataFacts(90, 37, None, 8, 2, 1, 8, 2, lengths), batch_size=4, stand_in=False)
-    request = replace(request, config=replace(request.config, start_layer=None, window=3))
-    choices = Choices(3, None, micro_batch, False, "int8", 4 * MIB)
+    request = replace(request, config=replace(request.config, start_layer=None, window=1))
+    choices = Choices(1, None, micro_batch, False, "int8", 4 * MIB)
     rng, most = np.random.default_rng(0), 0
     for _ in range(200):  # one batch of four, in parts of like lengths
         batch = sorted(rng.permutation(lengths)[:4], reverse=True)
@@ -186,3 +178,5 @@ def test_hidden_states_of_a_profile_are_counted_as_their_parts_can_be_padded(mic
     counted = profile_bytes(request, choices) - profile_bytes(without, choices)
     assert 4 * 256 * most <= counted
     assert profile_bytes(request, choices) <= profile_bytes(unknown, choices)
+    wide = replace(request, config=replace(request.config, window=3))  # it starts from layer 0: nothing to be scored
+    assert profile_bytes(wide, choices) == 0
