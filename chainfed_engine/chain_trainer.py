@@ -238,7 +238,7 @@ class ChainTrainer:
     @property
     def _window_layers(self) -> int:
         config = self.config
-        return num_window_layers(config.window, self.model.num_layers, self._trainer.task, config.start_layer)
+        return num_window_layers(config.window, self.model.num_layers, config.start_layer)
 
     def _make_schedule(self, start_layer: int) -> Schedule:
         config = self.config

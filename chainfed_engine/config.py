@@ -52,8 +52,8 @@ class ChainConfig:
 
     pooling: Literal["auto", "mean", "first", "last"] = _in("model", "auto")
 
-    # layers trained at once; None: two thirds of an encoder's, half of a causal LM's; fewer, which slide, where the
-    # budget does not hold them without slowing steps down
+    # layers trained at once; None: two thirds of them; fewer, which slide, where the budget does not hold them without
+    # slowing steps down
     window: int | None = _in("chain", None, low=1, high=1024, none="auto")
     auxiliary_weight: float = _in("chain", 0.2, high=100)
     # 0-based; None: for a classifier layer 0 where the window holds more than half of the layers, else from `threshold`

@@ -18,14 +18,10 @@ ScheduleKind = Literal["continuous", "train-and-freeze"]
 MOST_PROBE_ROUNDS = 4
 
 
-def num_window_layers(chosen: int | None, num_layers: int, task: TaskKind, start_layer: int | None = None) -> int:
-    """Layers trained at once; "auto" (None): two thirds of them where there is a classifier, half for a causal LM, no
-    more than there are from `start_layer` on. (The paper sets Q by what the weakest device holds and finds more layers
-    better, as we do: docs/RESULTS.md.)"""
-    if chosen is not None:
-        return chosen
-    wanted = 2 * num_layers // 3 if task == "classification" else (num_layers + 1) // 2
-    return max(1, min(wanted, num_layers - (start_layer or 0)))
+def num_window_layers(chosen: int | None, num_layers: int, start_layer: int | None = None) -> int:
+    """Layers trained at once; "auto" (None): two thirds of them, no more than there are from `start_layer` on. (The
+    paper sets Q by what the weakest device holds and finds more layers better, as we do: docs/RESULTS.md.)"""
+    return max(1, min(2 * num_layers // 3, num_layers - (start_layer or 0))) if chosen is None else chosen
 
 
 def num_probe_rounds(

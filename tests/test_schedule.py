@@ -65,7 +65,6 @@ def test_the_learning_rate_falls_by_a_cosine_from_its_value_to_almost_nothing() 
 
 
 def test_a_window_left_open_is_two_thirds_of_an_encoder_and_no_more_than_the_layers_from_the_start_layer_on() -> None:
-    assert [num_window_layers(None, layers, "classification") for layers in (1, 2, 6, 12)] == [1, 1, 4, 8]
-    assert [num_window_layers(None, layers, "causal-lm") for layers in (1, 2, 3, 30)] == [1, 1, 2, 15]
-    assert num_window_layers(None, 6, "classification", start_layer=3) == 3
-    assert num_window_layers(4, 6, "classification", start_layer=3) == 4  # refused by the schedule, not changed
+    assert [num_window_layers(None, layers) for layers in (1, 2, 6, 12, 30)] == [1, 1, 4, 8, 20]
+    assert num_window_layers(None, 6, start_layer=3) == 3
+    assert num_window_layers(4, 6, start_layer=3) == 4  # refused by the schedule, not changed

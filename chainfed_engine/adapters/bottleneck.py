@@ -22,6 +22,7 @@ class Bottleneck(nn.Module):
     """Parameters (f32): down_weight [R,D], down_bias [R], up_weight [D,R], up_bias [D]."""
 
     low_rank: Mapping[str, Any] = MappingProxyType({})  # nothing inside the layer
+    is_fused = True  # with the native encoder of the boundary cache
 
     def __init__(self, hidden_size: int, width: int, *, layer: int = 0, seed: int = 0) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from chainfed_engine.types import Arrays, Task
 
 NOISE_KEY_FILE = "noise.key"
 ADAPTERS_FORMAT = "chainfed-adapters"
+ADAPTERS_VERSION = 2  # 1: bottlenecks of pre-norm models read rows of any size
 Event = dict[str, Any]
 _STATE_NAME = re.compile(r"state-(\d{8})\.safetensors")
 _STAND_IN_PREFIX = "stand_in."
@@ -215,7 +216,7 @@ class RunDirectory:
 
     def save_adapters(self, parameters: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Write adapters.safetensors: all adapters and the classifier, what evaluation and export read."""
-        record = {"format": ADAPTERS_FORMAT, "version": 1, **about}
+        record = {"format": ADAPTERS_FORMAT, "version": ADAPTERS_VERSION, **about}
         write_arrays(self.path / "adapters.safetensors", parameters, record)
 
     def _take_lock(self) -> int:
@@ -245,9 +246,9 @@ def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
         arrays, record, _ = read_arrays(file)
     except CorruptFile as error:
         raise CorruptFile(f"{error}; take the run up with --resume, which writes it again") from error
-    if record.get("format") != ADAPTERS_FORMAT or record.get("version") != 1:
+    if record.get("format") != ADAPTERS_FORMAT or record.get("version") != ADAPTERS_VERSION:
         raise CorruptFile(
-            f"{file}: expected format {ADAPTERS_FORMAT} version 1, got {record.get('format')!r:.60} version "
+            f"{file}: expected format {ADAPTERS_FORMAT} version {ADAPTERS_VERSION}, got {record.get('format')!r:.60} version "
             f"{record.get('version')!r:.20}; install the version of chainfed-engine that wrote it"
         )
     if any(array.dtype != np.float32 for array in arrays.values()):

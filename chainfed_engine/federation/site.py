@@ -166,7 +166,7 @@ class Site:
 def _largest_plan(config: RunConfig, encoded: EncodedData) -> tuple[Plan, int | None]:
     """The plan within the site's budget, and its window where that is smaller than the run's."""
     num_layers = StoreInfo.read(config.store).num_layers
-    wanted = num_window_layers(config.chain.window, num_layers, config.data.task, config.chain.start_layer)
+    wanted = num_window_layers(config.chain.window, num_layers, config.chain.start_layer)
     for window in range(wanted, 0, -1):
         chain = replace(config.chain, window=window)
         try:

@@ -128,7 +128,7 @@ class Request:
     @property
     def window(self) -> int:
         """Of the chain."""
-        return num_window_layers(self.config.window, self.shape.num_layers, self.task, self.config.start_layer)
+        return num_window_layers(self.config.window, self.shape.num_layers, self.config.start_layer)
 
 
 def keeps_deep_graphs(config: ChainConfig, window: int) -> bool:
@@ -167,6 +167,13 @@ def adapter_floats(request: Request) -> int:
     return 2 * rank * shape.hidden_size + shape.hidden_size + rank
 
 
+def adapter_saved_floats(request: Request) -> int:
+    """Floats a token that an adapter keeps for the backward pass: what it reads, and its inner values before and after
+    the activation, or of both projections; the bottleneck of a pre-norm model computes the activation again."""
+    scaled = is_decoder(request.shape) and request.config.adapter == "bottleneck"
+    return request.shape.hidden_size + (1 if scaled else 2) * request.config.adapter_size
+
+
 def live_floats(shape: ModelShape) -> int:
     """Floats a token that one layer holds at once without a graph, its input and output included: the feed-forward
     part's widest moment, or the attention's."""
@@ -200,7 +207,7 @@ def step_bytes(request: Request, choices: Choices) -> int:
     shape, config = request.shape, request.config
     width, layers = shape.hidden_size, request.window_layers
     tokens, targets = request.part_tokens(choices), request.part_samples(choices) * request.targets
-    adapter, inside = width + 2 * config.adapter_size, config.adapter == "lora"
+    adapter, inside = adapter_saved_floats(request), config.adapter == "lora"
     saved = saved_floats(shape) + adapter + _statistics_floats(shape)
     # A layer that backward runs again; nothing follows its feed-forward part where the adapter is inside.
     again = saved + _expanded(shape) + (1 + (inside and is_decoder(shape))) * width + _statistics_floats(shape)

@@ -91,7 +91,7 @@ def _chosen(request: Request) -> Plan | None:
         plan = _fastest(_with_window(request, window), at_full_speed=window > _SLID_WINDOW)
         if plan is None:
             continue
-        reason = "wider ones learn more; no wider than two thirds of an encoder's layers, half of a causal LM's"
+        reason = "wider ones learn more; no wider than two thirds of the layers"
         if window < widest:
             reason = f"wider ones learn more, but up to {widest} layers do not fit without slowing steps down"
         return replace(plan, reasons={**plan.reasons, "window": reason})
@@ -136,10 +136,10 @@ def _fastest(request: Request, *, at_full_speed: bool = False) -> Plan | None:
 
 def _advice(request: Request, chosen: Plan) -> str | None:
     """Causal LMs learn more from LoRA in all layers than from a chain of few of them in the same time, where it fits;
-    from half of the layers they learn as much (measured: docs/RESULTS.md)."""
+    from two thirds of the layers they learn as much (measured: docs/RESULTS.md)."""
     if request.task != "causal-lm" or request.config.method != "chain":
         return None
-    if 2 * chosen.choices.window >= request.shape.num_layers:
+    if chosen.choices.window >= 2 * request.shape.num_layers // 3:
         return None
     try:
         plan = make_plan(replace(request, config=replace(request.config, method="lora")))

@@ -162,7 +162,7 @@ class FrozenModel:
     @property
     def is_pre_norm(self) -> bool:
         """Whether a norm stands between the last layer and the head, which makes the head blind to a row's length."""
-        return self._norm is not None
+        return self.family.is_pre_norm
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:

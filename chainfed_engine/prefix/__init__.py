@@ -6,6 +6,7 @@ over all of them. `first_records` encodes what reaches a boundary, the last adap
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,9 +64,9 @@ class Prefix:
         return self._encode(hidden, batch, layer)[1]
 
     def run_layer(self, layer: int, hidden: Tensor, context: LayerContext, *, adapter_follows: bool = True) -> Tensor:
-        """One layer [B, T, D] -> [B, T, D] with its adapter; `adapter_follows` False leaves out a bottleneck."""
+        """One layer [B, T, D] -> [B, T, D] with its adapter; `adapter_follows`: not one that the encoder has."""
         adapter = self.adapters[layer]
-        left_out = not adapter.is_trained or (isinstance(adapter, Bottleneck) and not adapter_follows)
+        left_out = not adapter.is_trained or (_is_fused(adapter) and not adapter_follows)
         return self.model.run_layer(layer, hidden, context, None if left_out else adapter)
 
     def decode(self, records: Tensor, batch: Batch) -> Tensor:
@@ -98,23 +99,20 @@ class Prefix:
             tokens = tokens[rows.to(tokens.device)]
         records = torch.empty(len(rows), self.record_bytes, dtype=torch.uint8, device=tokens.device)
         adapter = self.adapters[layer]
-        fused = bottleneck_tensors(adapter) if is_active(adapter) else None
+        fused = adapter.tensors() if _is_fused(adapter) and adapter.is_trained else None
         native.boundary_encode(
             tokens.contiguous(), adapter=fused, cache_format=self.cache_format, out=records, stream=stream_of(tokens)
         )
         return lengths, records.cpu()
 
 
+def _is_fused(adapter: Adapter) -> TypeGuard[Bottleneck]:
+    return isinstance(adapter, Bottleneck) and adapter.is_fused
+
+
 def is_active(adapter: Adapter) -> bool:
     """Whether it is a bottleneck that changes its input: an untrained one is the identity and is left out."""
     return isinstance(adapter, Bottleneck) and adapter.is_trained
-
-
-def bottleneck_tensors(adapter: Adapter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """down_weight, down_bias, up_weight, up_bias, as the native encoder takes them."""
-    assert isinstance(adapter, Bottleneck)
-    tensors = (adapter.down_weight, adapter.down_bias, adapter.up_weight, adapter.up_bias)
-    return tensors[0].detach(), tensors[1].detach(), tensors[2].detach(), tensors[3].detach()
 
 
 def token_rows(batch: Batch) -> tuple[Tensor, list[int]]:

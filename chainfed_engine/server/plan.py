@@ -45,7 +45,7 @@ class Plan:
     @property
     def window(self) -> int:
         """Layers that the chain and the top window train at once."""
-        return num_window_layers(self.config.window, self.num_layers, self.task, self.config.start_layer)
+        return num_window_layers(self.config.window, self.num_layers, self.config.start_layer)
 
     @property
     def rounds(self) -> int:

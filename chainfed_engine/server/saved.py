@@ -21,7 +21,7 @@ from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
 FORMAT = "chainfed-server-state"
-VERSION = 3
+VERSION = 4
 # What may change between a kill and the resume, because no bit of the result depends on it.
 _FREE_FIELDS = {
     "budget",

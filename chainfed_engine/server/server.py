@@ -56,7 +56,7 @@ class Server:
     ) -> None:
         if not client_samples or min(client_samples.values()) < 1:
             raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
-        config = replace(config, window=num_window_layers(config.window, shape.num_layers, task, config.start_layer))
+        config = replace(config, window=num_window_layers(config.window, shape.num_layers, config.start_layer))
         self.config = config
         self.shape = shape
         self.task = task

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from chainfed_engine.adapters import Bottleneck, LoRA, build_adapter
+from chainfed_engine.adapters import Bottleneck, LoRA, ScaledBottleneck, build_adapter
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.model.families import family
 from chainfed_engine.types import ModelShape, layer_of_key
@@ -26,17 +26,52 @@ def test_an_untrained_bottleneck_gives_its_input_back_bit_by_bit() -> None:
     assert torch.equal(adapter(hidden), hidden)
 
 
-def test_a_bottleneck_is_its_formula_with_the_exact_gelu() -> None:
-    adapter = build("bottleneck")
+def trained_bottleneck(architecture: str) -> Bottleneck:
+    adapter = build_adapter("bottleneck", family(architecture), SHAPE, layer=2, size=4, seed=0)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
     assert isinstance(adapter, Bottleneck) and adapter.is_trained
-    down_weight, down_bias, up_weight, up_bias = (tensor.double() for tensor in adapter.tensors())
-    hidden = torch.randn(5, 64).double()
-    inner = hidden @ down_weight.T + down_bias
+    return adapter.double()
+
+
+def added(adapter: Bottleneck, read: torch.Tensor) -> torch.Tensor:
+    down_weight, down_bias, up_weight, up_bias = adapter.tensors()
+    inner = read @ down_weight.T + down_bias
     inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    wanted = hidden + inner @ up_weight.T + up_bias
-    assert torch.allclose(adapter.double()(hidden), wanted, rtol=1e-12, atol=1e-12)
+    return inner @ up_weight.T + up_bias
+
+
+def test_a_bottleneck_is_its_formula_with_the_exact_gelu() -> None:
+    adapter = trained_bottleneck("bert")
+    assert not isinstance(adapter, ScaledBottleneck)
+    hidden = torch.randn(5, 64).double()
+    assert torch.allclose(adapter(hidden), hidden + added(adapter, hidden), rtol=1e-12, atol=1e-12)
+
+
+def test_a_pre_norm_models_bottleneck_reads_clipped_rows_of_unit_size_and_adds_in_proportion() -> None:
+    adapter = trained_bottleneck("llama")
+    assert isinstance(adapter, ScaledBottleneck)
+    hidden = torch.randn(5, 64).double()
+    hidden[:, 3] *= 40  # most of the row
+    size = hidden.square().mean(-1, keepdim=True).sqrt()
+    read = hidden / size
+    assert (read.abs() > 3).any()
+    wanted = hidden + size * added(adapter, read.clamp(-3, 3))
+    assert torch.allclose(adapter(hidden), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(adapter(1000 * hidden), 1000 * wanted, rtol=1e-12, atol=1e-9)
+    assert torch.equal(adapter(torch.zeros(2, 64).double()).isfinite(), torch.ones(2, 64, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_bottlenecks_gradients_are_those_of_its_formula(architecture: str) -> None:
+    adapter = trained_bottleneck(architecture)
+    hidden = (torch.randn(2, 3, 64) * torch.logspace(-1, 1, 64)).double().requires_grad_()
+    names = [name for name, _ in adapter.named_parameters()]
+
+    def run(hidden: torch.Tensor, *parameters: torch.Tensor) -> Any:
+        return torch.func.functional_call(adapter, dict(zip(names, parameters, strict=True)), (hidden,))
+
+    assert torch.autograd.gradcheck(run, (hidden, *adapter.parameters()))
 
 
 def test_an_untrained_lora_adds_nothing_and_a_trained_one_its_product() -> None:

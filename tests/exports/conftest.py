@@ -13,7 +13,7 @@ from chainfed_engine.config import ChainConfig, DataConfig, RunConfig
 from chainfed_engine.config_file import dump_config
 from chainfed_engine.exports.trained_run import TrainedRun
 from chainfed_engine.federation.files import write_arrays
-from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT
+from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT, ADAPTERS_VERSION
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.types import Arrays, Batch
@@ -43,7 +43,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         if labels:
             (folder / "labels.json").write_text(json.dumps(labels))
         arrays = random_parameters(checkpoint, config, len(labels), layers)
-        record = {"format": ADAPTERS_FORMAT, "version": 1, "adapter": adapter, "task": data.task}
+        record = {"format": ADAPTERS_FORMAT, "version": ADAPTERS_VERSION, "adapter": adapter, "task": data.task}
         write_arrays(folder / "adapters.safetensors", arrays, record)
         return folder
 

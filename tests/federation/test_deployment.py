@@ -191,7 +191,7 @@ HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "scaled": (_arrays(lambda array: array * np.float32(1e4)), "norm"),
     "truncated": (_cut, "cut short"),
     "hostile header": (lambda record, arrays: (b"[" * 50000, b""), "no JSON"),
-    "another protocol": (lambda record, arrays: (b'{"protocol": 7}', b""), "expected protocol 1, got 7"),
+    "another protocol": (lambda record, arrays: (b'{"protocol": 7}', b""), "expected protocol 2, got 7"),
     "a pickle": (lambda record, arrays: (b"\x80\x04cos\nsystem\n", b"x"), "no JSON"),
     "Flower's own error": (lambda record, arrays: "Flower error 2: handler raised", "handler raised"),
 }

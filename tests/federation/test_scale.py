@@ -18,12 +18,15 @@ def test_three_hundred_clients_in_one_round(tmp_path: Path) -> None:
     assert all(len(event["clients"]) == 300 for event in rounds)
 
 
+_EARLY, _LATE = range(56, 61), range(195, 200)
+
+
 def test_two_hundred_rounds_over_two_hundred_clients_keep_memory_flat(tmp_path: Path) -> None:
     chain = config(clients_per_round=8, rounds=200, eval_every=50, max_local_steps=1)
     traced: dict[int, int] = {}
 
     def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "memory" and event["round"] in (60, 199):
+        if event["event"] == "memory" and event["round"] in (*_EARLY, *_LATE):
             gc.collect()
             traced[event["round"]] = tracemalloc.get_traced_memory()[0]
 
@@ -32,7 +35,8 @@ def test_two_hundred_rounds_over_two_hundred_clients_keep_memory_flat(tmp_path: 
         run(tmp_path / "run", chain, count=200, on_event=on_event)
     finally:
         tracemalloc.stop()
-    more = traced[199] - traced[60]
+    # The least of a few rounds: what a thread holds for a moment is not what a run keeps.
+    more = min(traced[number] for number in _LATE) - min(traced[number] for number in _EARLY)
     assert more < 256 * 1024, f"{more} bytes more after 140 rounds"
     assert len(list((tmp_path / "run" / "state").glob("state-*"))) == 2
 

@@ -45,6 +45,7 @@ class Family(ABC):
     pooling: ClassVar[Pooling]  # what the family's own sequence classifier reads
     transform_activation: ClassVar[Literal["tanh", "relu"] | None]  # of the classifier's transform; None: no transform
     classifier_bias: ClassVar[bool] = True  # whether the library's classification head has one
+    is_pre_norm: ClassVar[bool] = False  # rows grow from layer to layer; a norm before each part and the head divides
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The library's config of `values`, set to scaled-dot-product attention. Raises UnsupportedModel."""

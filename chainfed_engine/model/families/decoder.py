@@ -30,6 +30,7 @@ class DecoderFamily(Family):
     pooling: ClassVar[Pooling] = "last"
     transform_activation: ClassVar[Literal["tanh", "relu"] | None] = None
     classifier_bias: ClassVar[bool] = False
+    is_pre_norm: ClassVar[bool] = True
 
     def layer(self, config: Config, index: int) -> nn.Module:
         layer = without_weights(lambda: self.layer_class(config, layer_idx=index))
