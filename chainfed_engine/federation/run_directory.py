@@ -248,8 +248,8 @@ def read_adapters(path: str | Path) -> tuple[Arrays, dict[str, Any]]:
         raise CorruptFile(f"{error}; take the run up with --resume, which writes it again") from error
     if record.get("format") != ADAPTERS_FORMAT or record.get("version") != ADAPTERS_VERSION:
         raise CorruptFile(
-            f"{file}: expected format {ADAPTERS_FORMAT} version {ADAPTERS_VERSION}, got {record.get('format')!r:.60} version "
-            f"{record.get('version')!r:.20}; install the version of chainfed-engine that wrote it"
+            f"{file}: expected format {ADAPTERS_FORMAT} version {ADAPTERS_VERSION}, got {record.get('format')!r:.60} "
+            f"version {record.get('version')!r:.20}; install the version of chainfed-engine that wrote it"
         )
     if any(array.dtype != np.float32 for array in arrays.values()):
         raise CorruptFile(f"{file}: expected float32 arrays only")
