@@ -64,9 +64,11 @@ class _Scaled(torch.autograd.Function):
 
 
 def _read(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The root mean square [..., 1] of each row, and what the adapter reads [..., D]."""
-    size = hidden.square().mean(-1, keepdim=True).sqrt_().clamp_min_(_SMALLEST)
-    return size, (hidden / size).clamp_(-LIMIT, LIMIT)
+    """The root mean square [..., 1] of each row, and what the adapter reads [..., D]. Half precision would overflow in
+    the first token's squares."""
+    wide = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    size = wide.square().mean(-1, keepdim=True).sqrt_().clamp_min_(_SMALLEST)
+    return size.to(hidden.dtype), (wide / size).clamp_(-LIMIT, LIMIT).to(hidden.dtype)
 
 
 def _gelu_slope(x: Tensor) -> Tensor:

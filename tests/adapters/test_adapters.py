@@ -62,6 +62,15 @@ def test_a_pre_norm_models_bottleneck_reads_clipped_rows_of_unit_size_and_adds_i
     assert torch.equal(adapter(torch.zeros(2, 64).double()).isfinite(), torch.ones(2, 64, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_whose_squares_half_precision_cannot_hold_are_read_all_the_same(dtype: torch.dtype) -> None:
+    adapter, hidden = trained_bottleneck("llama").float(), 400 * torch.randn(5, 64)
+    wanted = adapter(hidden)
+    close = adapter.to(dtype)(hidden.to(dtype)).float()
+    assert close.isfinite().all()
+    assert (close - wanted).norm() <= 0.03 * wanted.norm()
+
+
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_a_bottlenecks_gradients_are_those_of_its_formula(architecture: str) -> None:
     adapter = trained_bottleneck(architecture)
