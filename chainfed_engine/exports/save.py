@@ -15,7 +15,7 @@ from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.exports.folder import new_folder
 from chainfed_engine.federation.files import write_arrays
 from chainfed_engine.federation.inputs import LABELS_FILE
-from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT
+from chainfed_engine.federation.run_directory import ADAPTERS_FORMAT, ADAPTERS_VERSION
 from chainfed_engine.types import classifier_key
 
 
@@ -36,7 +36,7 @@ def save_run(trainer: ChainTrainer, path: str | Path, labels: Sequence[str] = ()
     info = trainer.model.store.info
     config = RunConfig(trainer.config, data, str(info.path.absolute()))
     about = {"adapter": trainer.config.adapter, "method": trainer.config.method, "task": data.task}
-    record = {"format": ADAPTERS_FORMAT, "version": 1, "rounds": trainer.round_id, **about}
+    record = {"format": ADAPTERS_FORMAT, "version": ADAPTERS_VERSION, "rounds": trainer.round_id, **about}
     with new_folder(Path(path)) as folder:
         write_arrays(folder / "adapters.safetensors", arrays, record)
         (folder / "config.toml").write_text(dump_config(config), encoding="utf-8")

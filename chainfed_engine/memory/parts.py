@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from chainfed_engine.config import END_TO_END, FORWARD_ONLY, ChainConfig
 from chainfed_engine.memory import closed_form
 from chainfed_engine.schedule import num_window_layers
+from chainfed_engine.start_layer import start_layers
 from chainfed_engine.types import ModelShape, TaskKind
 
 if TYPE_CHECKING:
@@ -130,6 +131,14 @@ class Request:
         """Of the chain."""
         return num_window_layers(self.config.window, self.shape.num_layers, self.config.start_layer)
 
+    @property
+    def start_layers(self) -> range:
+        """That the chain may start from."""
+        start = self.config.start_layer
+        if start is not None:
+            return range(start, start + 1)
+        return start_layers(self.task, self.shape.num_layers, self.window)
+
 
 def keeps_deep_graphs(config: ChainConfig, window: int) -> bool:
     """Whether a step keeps the activations of many layers: small blocks among them leave holes in the heap."""
@@ -229,7 +238,10 @@ def step_bytes(request: Request, choices: Choices) -> int:
         kept, at_head, backward = kept + above, at_head + above, max(backward, again)
     head = F32 * tokens * at_head
     if request.task == "causal-lm":
-        later = config.adapter_size * (shape.num_layers - layers) * (branches(request) - 1)
+        # Nobody trains the adapters above: a plain one keeps its inner values alone, a scaled one its row as well.
+        above = config.adapter_size + (width if is_decoder(shape) else 0)
+        num_above = max(0, shape.num_layers - request.start_layers.start - layers)
+        later = above * num_above * (branches(request) - 1)
         head += F32 * targets * (width * (2 + 5 * branches(request)) + later) + HEAD_WORKSPACE_BYTES
     forward = live_floats(shape) + adapter  # with the boundary, which the caller holds
     return max(F32 * tokens * max(forward, kept + backward), head)

@@ -7,7 +7,6 @@ from chainfed_engine import least_squares, stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.memory import closed_form
 from chainfed_engine.memory.parts import F32, F64, Choices, Request, live_floats
-from chainfed_engine.start_layer import start_layers
 
 # Of what fitting a stand-in holds: what its matrices of ever other sizes leave between them. Llama-3.2-1B's shape took
 # 434 to 445 MiB where 442 were counted without it.
@@ -137,17 +136,9 @@ def stand_in_row_counts(request: Request) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _start_layers(request: Request) -> range:
-    """That the chain may start from."""
-    start = request.config.start_layer
-    if start is not None:
-        return range(start, start + 1)
-    return start_layers(request.task, request.shape.num_layers, request.window)
-
-
 def _chooses_start_layer(request: Request) -> bool:
     """Whether clients are asked for scores: not where there is no choice."""
-    return request.config.method == "chain" and len(_start_layers(request)) > 1
+    return request.config.method == "chain" and len(request.start_layers) > 1
 
 
 def _stand_in_depths(request: Request) -> int:
@@ -155,7 +146,7 @@ def _stand_in_depths(request: Request) -> int:
     config = request.config
     if config.method != "chain" or not config.uses_stand_in:
         return 0
-    return max(0, request.shape.num_layers - _start_layers(request).start - request.window)
+    return max(0, request.shape.num_layers - request.start_layers.start - request.window)
 
 
 def _depths_at_once(request: Request) -> int:

@@ -136,7 +136,7 @@ def test_less_is_predicted_for_less() -> None:
 
 
 def test_foresight_counts_the_inputs_of_the_layers_above_the_window() -> None:
-    config = ChainConfig(window=2, start_layer=0, batch_size=4, sequence_length=128)
+    config = ChainConfig(window=2, start_layer=0, auxiliary_weight=0, batch_size=4, sequence_length=128)
     request = Request(SHAPE, SIZES, config, "causal-lm", 400 * MIB)
     foreseeing = replace(request, config=replace(config, foresight_every=1))
     choices = replace(make_plan(request).choices, kept_heap_bytes=0)
