@@ -238,10 +238,10 @@ def _with_pooling(config: RunConfig) -> RunConfig:
     """The pooling that "auto" stands for, so that config.toml tells what the classifier reads."""
     if config.data.label is None or config.chain.pooling != "auto":
         return config
-    from chainfed_engine.model.families import family
+    from chainfed_engine.model.families import chosen_pooling
 
     info = StoreInfo.read(config.store)
-    chosen = info.pooling or family(info.architecture).pooling
+    chosen = chosen_pooling("auto", info.pooling, info.architecture)
     return replace(config, chain=replace(config.chain, pooling=chosen))
 
 

@@ -83,7 +83,7 @@ class Parameters:
     def _hash_one(self, layer: int) -> str:
         if not self.adapters[layer].is_trained:
             return "identity"
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(type(self.adapters[layer]).__name__.encode())  # equal arrays may mean something else
         for name, parameter in self.adapters[layer].named_parameters():
             digest.update(name.encode())
             array: Any = parameter.detach().contiguous().cpu().numpy()

@@ -64,7 +64,7 @@ def test_the_learning_rate_falls_by_a_cosine_from_its_value_to_almost_nothing() 
     assert [learning_rate(0.5, "none", round_id, 8) for round_id in range(8)] == [0.5] * 8
 
 
-def test_a_window_left_open_is_two_thirds_of_an_encoder_and_no_more_than_the_layers_from_the_start_layer_on() -> None:
+def test_a_window_left_open_is_two_thirds_of_the_layers_and_no_more_than_the_layers_from_the_start_layer_on() -> None:
     assert [num_window_layers(None, layers) for layers in (1, 2, 6, 12, 30)] == [1, 1, 4, 8, 20]
     assert num_window_layers(None, 6, start_layer=3) == 3
     assert num_window_layers(4, 6, start_layer=3) == 4  # refused by the schedule, not changed

@@ -40,8 +40,8 @@ class _Scaled(torch.autograd.Function):
         size, read = _read(hidden)
         before = functional.linear(read, down_weight, down_bias)
         ctx.save_for_backward(hidden, before, down_weight, up_weight, up_bias)
-        added = functional.linear(functional.gelu(before), up_weight, up_bias)
-        return torch.addcmul(hidden, added, size)
+        del read
+        return functional.linear(functional.gelu(before), up_weight, up_bias).mul_(size).add_(hidden)
 
     @staticmethod
     @once_differentiable
@@ -49,18 +49,16 @@ class _Scaled(torch.autograd.Function):
         hidden, before, down_weight, up_weight, up_bias = ctx.saved_tensors
         size, read = _read(hidden)
         inner = functional.gelu(before)
-        by_added = grad * size
-        by_inner = by_added @ up_weight
+        by_inner = (grad @ up_weight).mul_(size)
         by_before = by_inner * _gelu_slope(before)
-        by_read = by_before @ down_weight
-        by_read.masked_fill_(read.abs() >= LIMIT, 0)
-        # What size does: it multiplies what is added, and divides what is read.
-        by_size = (by_inner * inner).sum(-1, keepdim=True) / size + (grad @ up_bias).unsqueeze(-1)
-        by_size -= (by_read * read).sum(-1, keepdim=True) / size
-        by_hidden = grad + by_read.div_(size)
-        by_hidden.addcmul_(hidden, by_size / (hidden.shape[-1] * size))
-        rows, width = _rows(by_before), _rows(by_added)
-        return by_hidden, rows.T @ _rows(read), rows.sum(0), width.T @ _rows(inner), width.sum(0)
+        by_up_weight, by_up_bias = _rows(grad).T @ _rows(inner * size), _rows(grad).T @ _rows(size)[:, 0]
+        by_down_weight, by_down_bias = _rows(by_before).T @ _rows(read), _rows(by_before).sum(0)
+        by_read = (by_before @ down_weight).masked_fill_(read >= LIMIT, 0).masked_fill_(read <= -LIMIT, 0)
+        # What size does: it multiplies what is added, and divides what is read. In place: rows are what memory goes to.
+        by_size = (by_inner * inner).sum(-1, keepdim=True).div_(size).add_((grad @ up_bias).unsqueeze(-1))
+        by_size -= read.mul_(by_read).sum(-1, keepdim=True).div_(size)
+        by_hidden = by_read.div_(size).add_(grad).addcmul_(hidden, by_size / (hidden.shape[-1] * size))
+        return by_hidden, by_down_weight, by_down_bias, by_up_weight, by_up_bias
 
 
 def _read(hidden: Tensor) -> tuple[Tensor, Tensor]:

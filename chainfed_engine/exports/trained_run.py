@@ -14,7 +14,7 @@ from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.federation import read_adapters
 from chainfed_engine.federation.inputs import LABELS_FILE, read_labels, store_of_run
 from chainfed_engine.model.classifier import Classifier
-from chainfed_engine.model.families import family
+from chainfed_engine.model.families import chosen_pooling, family
 from chainfed_engine.model.families.base import Pooling
 from chainfed_engine.model.format import StoreInfo
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, classifier_key
@@ -87,7 +87,7 @@ class TrainedRun:
     def pooling(self, architecture: str) -> Pooling:
         """What the classifier reads: the mean over a sequence's tokens, its first or its last."""
         chosen = self.config.chain.pooling
-        return (self.store().pooling or family(architecture).pooling) if chosen == "auto" else chosen
+        return chosen_pooling(chosen, self.store().pooling if chosen == "auto" else None, architecture)
 
     def classifier(self, shape: ModelShape) -> Classifier:
         """The trained classifier of a classification run."""

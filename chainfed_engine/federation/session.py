@@ -7,6 +7,7 @@ however many clients; a client is its encoded data and a cache folder.
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def plan_for(
     device = None
     if place.is_cuda:
         device = DeviceFacts(str(place.torch_device), place.is_unified, place.library_from_tokens)
+    if task == "classification":
+        chosen = families.chosen_pooling(config.pooling, info.pooling, info.architecture)
+        config = replace(config, pooling=chosen)
     facts, startup = facts or DataFacts(), startup_peak_bytes()
     return make_plan(
         Request(info.shape, store_sizes(info), config, task, settled_rss_bytes(), data_bytes, facts, device, startup)

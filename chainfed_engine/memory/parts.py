@@ -183,6 +183,15 @@ def adapter_saved_floats(request: Request) -> int:
     return request.shape.hidden_size + (1 if scaled else 2) * request.config.adapter_size
 
 
+def _above_floats(request: Request) -> int:
+    """Floats that the adapters above the lowest window keep of a row in the auxiliary branch. Nobody trains them there:
+    a plain one keeps its inner values alone, a scaled one its row as well."""
+    shape = request.shape
+    one = request.config.adapter_size + (shape.hidden_size if is_decoder(shape) else 0)
+    above = max(0, shape.num_layers - request.start_layers.start - request.window_layers)
+    return one * above * (branches(request) - 1)
+
+
 def live_floats(shape: ModelShape) -> int:
     """Floats a token that one layer holds at once without a graph, its input and output included: the feed-forward
     part's widest moment, or the attention's."""
@@ -206,7 +215,8 @@ def _statistics_floats(shape: ModelShape) -> int:
 def branches(request: Request) -> int:
     """Rows that the head sees for one target: the auxiliary branch reads it once more where later adapters act."""
     config = request.config
-    acts = config.auxiliary_weight and config.adapter != "lora"  # LoRA acts inside its layer, which is not run
+    # LoRA acts inside its layer, which is not run; the exact loss has no such branch.
+    acts = config.auxiliary_weight and config.adapter != "lora" and config.foresight_every != 1
     return 2 if acts and request.window_layers < request.shape.num_layers else 1
 
 
@@ -238,11 +248,11 @@ def step_bytes(request: Request, choices: Choices) -> int:
         kept, at_head, backward = kept + above, at_head + above, max(backward, again)
     head = F32 * tokens * at_head
     if request.task == "causal-lm":
-        # Nobody trains the adapters above: a plain one keeps its inner values alone, a scaled one its row as well.
-        above = config.adapter_size + (width if is_decoder(shape) else 0)
-        num_above = max(0, shape.num_layers - request.start_layers.start - layers)
-        later = above * num_above * (branches(request) - 1)
-        head += F32 * targets * (width * (2 + 5 * branches(request)) + later) + HEAD_WORKSPACE_BYTES
+        rows = width * (2 + 5 * branches(request)) + _above_floats(request)
+        head += F32 * targets * rows + HEAD_WORKSPACE_BYTES
+    elif config.pooling == "mean" and branches(request) == 2:
+        # Averaged behind the adapters above: what the last one gives, its gradient and what it reads.
+        head += F32 * tokens * (3 * width + _above_floats(request))
     forward = live_floats(shape) + adapter  # with the boundary, which the caller holds
     return max(F32 * tokens * max(forward, kept + backward), head)
 

@@ -24,7 +24,7 @@ from chainfed_engine.sizes import format_size
 
 START_UP = "start-up, beyond all of this"  # the part that is there where start-up took more than the run will
 # Of what a step holds: what blocks of ever other sizes, kept in one heap, leave unused (0.3 to 0.8 measured, 0.6 to
-# 1.03 with the activations of many layers; trimmed beyond it).
+# 1.05 with the activations of many layers; trimmed beyond it).
 _KEPT_HOLES, _DEEP_KEPT_HOLES = 0.6, 1.1
 _KEPT_GROWTH = 1.1  # a step may grow a kept heap before it is trimmed (1.83 of a step, once in five runs of one plan)
 

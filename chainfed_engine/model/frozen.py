@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.model.classifier import Classifier
-from chainfed_engine.model.families import family
+from chainfed_engine.model.families import chosen_pooling, family
 from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, checked_mask
 from chainfed_engine.model.layout import is_quantised
 from chainfed_engine.model.linear import Activation, Binding, Compute, FrozenLinear, LowRank
@@ -203,7 +203,7 @@ class FrozenModel:
 
         `pooling` "auto": as the store says, else as the family's own classifier does.
         """
-        chosen: Pooling = self.store.info.pooling or self.family.pooling if pooling == "auto" else _pooling(pooling)
+        chosen = chosen_pooling(pooling, self.store.info.pooling, self.shape.architecture)
         bias = self.family.classifier_bias
         out_weight = self.store.embedding_tensor("classifier.out_weight")
         if out_weight is None or out_weight.shape[0] != num_labels or chosen != self.family.pooling:
@@ -241,9 +241,3 @@ def _check_sizes(matrix: native.Matrix, linear: FrozenLinear, what: str) -> None
             f"{what}: expected [{linear.out_features}, {linear.in_features}] from the config, the store holds "
             f"[{matrix.num_rows}, {matrix.num_cols}]"
         )
-
-
-def _pooling(name: str) -> Pooling:
-    if name == "mean" or name == "first" or name == "last":
-        return name  # type: ignore[return-value]
-    raise InvalidArgument(f"pooling: expected 'auto', 'mean', 'first' or 'last', got {name!r}")

@@ -1,7 +1,7 @@
 """The frozen prefix: layers below the window, run without gradients, each read once for many batches.
 
 `sweep` is layer-major: as many batches as `fill_bytes` allows are held in float32 while one layer after another passes
-over all of them. `first_records` encodes what reaches a boundary, the last adapter fused into the encoding;
+over all of them. `first_records` encodes what reaches a boundary, an encoder's last bottleneck fused into the encoding;
 `next_records` pushes records through one more layer. Records depend on the batch, the layers and the adapters alone.
 """
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from chainfed_engine.adapters import Bottleneck, LoRA, ScaledBottleneck, build_adapter
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.model.families import family
+from chainfed_engine.parameters import Parameters
 from chainfed_engine.types import ModelShape, layer_of_key
 
 SHAPE = ModelShape("llama", 4, 64, 96, 4, 2, 24, 211, 40)
@@ -146,3 +147,16 @@ def test_every_family_names_projections_that_its_layer_has(name: str) -> None:
     layer = kind.layer(kind.config({}), 0)
     for target in kind.lora_targets:
         assert isinstance(layer.get_submodule(target), torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_family_is_pre_norm_where_a_norm_follows_its_last_layer(name: str) -> None:
+    kind = family(name)
+    assert kind.is_pre_norm == (kind.final_norm(kind.config({})) is not None)
+
+
+def test_equal_arrays_of_another_kind_of_adapter_are_another_cache() -> None:
+    scaled, plain = ScaledBottleneck(8, 2), Bottleneck(8, 2)
+    torch.nn.init.ones_(scaled.up_bias)
+    plain.load_state_dict(scaled.state_dict())
+    assert Parameters({0: scaled}, None).hash_below(1) != Parameters({0: plain}, None).hash_below(1)

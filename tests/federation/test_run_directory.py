@@ -146,6 +146,9 @@ def test_adapters_that_are_missing_foreign_or_damaged_are_refused(tmp_path: Path
         directory.save_adapters(_arrays(), {"format": "something else"})
         with pytest.raises(CorruptFile, match="something else"):
             read_adapters(tmp_path)
+        directory.save_adapters(_arrays(), {"version": 1})
+        with pytest.raises(CorruptFile, match=r"expected .* version 2, got .* version 1; install the version"):
+            read_adapters(tmp_path)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CorruptFile):
         read_adapters(tmp_path)

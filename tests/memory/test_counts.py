@@ -113,6 +113,24 @@ def test_a_step_holds_what_is_counted(
     model.store.close()
 
 
+def test_adapters_above_a_window_are_counted_for_every_token_that_is_averaged(tmp_path: Path) -> None:
+    """A classifier on the mean of the tokens sends all of them through the adapters above."""
+    model = open_model(tmp_path, "llama", **SHAPES["llama"], num_hidden_layers=12)
+    config = ChainConfig(
+        batch_size=SEQUENCES, sequence_length=TOKENS, start_layer=0, adapter_size=16, window=1, pooling="mean"
+    )
+    request = Request(model.shape, SIZES, config, "classification", interpreter_bytes=0)
+    trainer = StageTrainer(model, config, task="classification", num_labels=2)
+    window, batch = Window(0, 1), batch_of([TOKENS] * SEQUENCES, causal=False)
+    trainer.begin(Stage("window", window, 0), trained_everywhere(trainer, window), cache_dir=None, lr=1e-3)
+    trainer.step(batch)
+    measured = peak_floats(lambda: trainer.step(batch))
+    counted = step_bytes(request, Choices(1, None, SEQUENCES, False, "f32", 4 << 20)) / 4
+    trainer.end()
+    model.store.close()
+    assert 0.98 <= counted / measured <= 1.12
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [

@@ -8,17 +8,17 @@ names (no torch needed for either);
 
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from chainfed_engine.errors import UnsupportedModel
+from chainfed_engine.errors import InvalidArgument, UnsupportedModel
 from chainfed_engine.memory.deferred import deferred_imports
 from chainfed_engine.model.families import names
 from chainfed_engine.model.families.names import Location, NameTable
 
 if TYPE_CHECKING:
-    from chainfed_engine.model.families.base import Family
+    from chainfed_engine.model.families.base import Family, Pooling
 
-__all__ = ["SUPPORTED", "Location", "NameTable", "family", "locate", "name_table"]
+__all__ = ["SUPPORTED", "Location", "NameTable", "chosen_pooling", "family", "locate", "name_table"]
 
 _NAMES = {
     "bert": names.BERT,
@@ -54,6 +54,15 @@ def family(model_type: str) -> "Family":
     with deferred_imports():
         found: Family = import_module(f"chainfed_engine.model.families.{model_type}").FAMILY
     return found
+
+
+def chosen_pooling(chosen: str, stored: "Pooling | None", model_type: str) -> "Pooling":
+    """What a classifier reads; "auto": what the store says, else what the family's own does. Raises InvalidArgument."""
+    if chosen == "auto":
+        return stored or family(model_type).pooling
+    if chosen in ("mean", "first", "last"):
+        return cast("Pooling", chosen)
+    raise InvalidArgument(f"pooling: expected 'auto', 'mean', 'first' or 'last', got {chosen!r}")
 
 
 def _require(model_type: str) -> None:
