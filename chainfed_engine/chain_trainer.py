@@ -30,7 +30,14 @@ from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
 from chainfed_engine.model.store import LayerStore
-from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds, num_window_layers
+from chainfed_engine.schedule import (
+    Schedule,
+    learning_rate,
+    num_probe_rounds,
+    num_refit_rounds,
+    num_window_layers,
+    schedule_kind,
+)
 from chainfed_engine.start_layer import choose_start_layer, start_layers
 from chainfed_engine.step import StageTrainer
 from chainfed_engine.types import Arrays, Batch, Stage, TaskKind, classifier_key
@@ -245,7 +252,8 @@ class ChainTrainer:
         probe_rounds = num_probe_rounds(config.probe_rounds, config.rounds, self._trainer.task, config.aggregation)
         refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
         layers, window = self.model.num_layers, self._window_layers
-        return Schedule(config.schedule, layers, window, start_layer, config.rounds, probe_rounds, refit_rounds)
+        kind = schedule_kind(config.schedule, self._trainer.task, layers, window)
+        return Schedule(kind, layers, window, start_layer, config.rounds, probe_rounds, refit_rounds)
 
 
 def as_batch(batch: Mapping[str, Any] | Batch) -> Batch:

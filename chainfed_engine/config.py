@@ -60,7 +60,8 @@ class ChainConfig:
     # by CKA, for causal LMs no lower than one window below the topmost and than half of the layers
     start_layer: int | None = _in("chain", None, high=1023, none="auto")
     threshold: float = _in("chain", 0.8, high=1)
-    schedule: Literal["continuous", "train-and-freeze"] = _in("chain", "continuous")
+    # "auto": every window once, bottom to top, where a classifier's holds more than half of the layers, else in sweeps
+    schedule: Literal["auto", "continuous", "train-and-freeze"] = _in("chain", "auto")
     rounds: int = _in("chain", 24, low=1)
     # rounds that first fit the classifier in closed form; None: a fifth of them, 1 to 4, or as many as it takes to see
     # every sample once, if these are fewer; none for causal LMs
@@ -119,8 +120,9 @@ class ChainConfig:
     weight_limit: float = _in("federation", 10.0, high=1e9)
     # replies to rounds that are over: dropped, or counted in a later one of the same window at 1 / (1 + rounds late)
     late_replies: Literal["drop", "discount"] = _in("federation", "drop")
-    # what clients send up: the trained values, or what changed in eight bits (0.27 of the bytes)
-    update_format: Literal["f32", "int8"] = _in("federation", "f32")
+    # what adapters travel as: float32, or values down and changes up in eight bits, 0.27 of the bytes; "auto": eight
+    # bits where clients send trained values and late replies are dropped
+    update_format: Literal["auto", "f32", "int8"] = _in("federation", "auto")
     # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
     dp_noise: float = _in("federation", 0.0, high=1e6)
     dp_clip: float = _in("federation", 1.0, above=True, high=1e9)

@@ -1,10 +1,10 @@
 """Where the window stands in each round: pure functions of the round number, so that a resumed run agrees.
 
-*continuous* (default): the window moves up by one layer every round and wraps round at the top, so the chain is
-refined in several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the
-rounds, once, bottom to top. Either may be preceded by `probe_rounds` rounds for the classifier alone, on the untrained
-model's features, and followed by `refit_rounds` rounds for it alone on the trained ones. Source: ChainFed, section on
-Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
+*continuous*: the window moves up by one layer every round and wraps round at the top, so the chain is refined in
+several sweeps, the last of which is whole. *train-and-freeze*: every window gets an equal share of the rounds, once,
+bottom to top; where rounds are fewer than windows, the lowest get none. Either may be preceded by `probe_rounds` rounds
+for the classifier alone, on the untrained model's features, and followed by `refit_rounds` rounds for it alone on the
+trained ones. Source: ChainFed, section on Dynamic Layer Co-Tuning (window of Q adjacent adapters, stride one).
 """
 
 import math
@@ -12,10 +12,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chainfed_engine.errors import ConfigError
+from chainfed_engine.start_layer import is_wide
 from chainfed_engine.types import Stage, TaskKind, Window
 
 ScheduleKind = Literal["continuous", "train-and-freeze"]
 MOST_PROBE_ROUNDS = 4
+
+
+def schedule_kind(chosen: ScheduleKind | Literal["auto"], task: TaskKind, num_layers: int, window: int) -> ScheduleKind:
+    """As chosen; "auto": train-and-freeze for wide windows, which need no second sweep. What is frozen is neither sent
+    nor run again, and the last rounds stand at the top (docs/RESULTS.md has what it is worth)."""
+    if chosen != "auto":
+        return chosen
+    return "train-and-freeze" if is_wide(task, num_layers, window) else "continuous"
 
 
 def num_window_layers(chosen: int | None, num_layers: int, start_layer: int | None = None) -> int:
@@ -94,6 +103,7 @@ class Schedule:
             sweep, position = divmod(step + skipped, self.num_positions)
         else:
             share = max(1, trained // self.num_positions)
-            sweep, position = 0, min(step // share, self.num_positions - 1)
+            lowest = max(0, self.num_positions - trained)
+            sweep, position = 0, min(lowest + step // share, self.num_positions - 1)
         start = self.start_layer + position
         return Stage("window", Window(start, start + self.window), sweep)

@@ -46,19 +46,24 @@ def _centred(features: Matrix) -> Matrix:
     return centred
 
 
+def is_wide(task: TaskKind, num_layers: int, window: int) -> bool:
+    """Whether a classifier's window holds more than half of the layers."""
+    return task == "classification" and 2 * window > num_layers
+
+
 def start_layers(task: TaskKind, num_layers: int, window: int) -> range:
     """The layers that "auto" may choose from; where it is one, nobody need be asked for scores.
 
     Causal LM: no lower than one window below the topmost, nor than half of the layers unless the window itself is
     wider: a linear stand-in says little about the head's loss far below the top. On SmolLM2-135M (30 layers) the
     direction it gives an adapter has a cosine of 0.04 to the true one at depth 12, 0.17 at 20, 0.38 at 26.
-    Classification: layer 0 where a window holds more than half of the layers: what is left to skip saves little then,
+    Classification: layer 0 where the window is wide: what is left to skip saves little then,
     and a wide window that slides over all layers ends 1.2 points above one that stays at the top (docs/LOG.md).
     """
     highest = num_layers - window
     if task == "causal-lm":
         return range(num_layers - max(window, min(2 * window, (num_layers + 1) // 2)), highest + 1)
-    return range(1 if 2 * window > num_layers else highest + 1)
+    return range(1 if is_wide(task, num_layers, window) else highest + 1)
 
 
 def choose_start_layer(scores: Matrix, *, threshold: float, allowed: range) -> int:

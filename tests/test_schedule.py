@@ -3,7 +3,14 @@
 import pytest
 
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, learning_rate, num_probe_rounds, num_refit_rounds, num_window_layers
+from chainfed_engine.schedule import (
+    Schedule,
+    learning_rate,
+    num_probe_rounds,
+    num_refit_rounds,
+    num_window_layers,
+    schedule_kind,
+)
 
 
 def starts(schedule: Schedule) -> list[int]:
@@ -28,6 +35,19 @@ def test_the_last_round_of_a_continuous_run_stands_at_the_top(rounds: int) -> No
 def test_train_and_freeze_gives_every_window_an_equal_share_once() -> None:
     schedule = Schedule("train-and-freeze", num_layers=5, window=2, start_layer=0, rounds=9)
     assert starts(schedule) == [0, 0, 1, 1, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(1, [3]), (2, [2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 3])])
+def test_train_and_freeze_leaves_out_the_lowest_windows_where_rounds_are_few(rounds: int, expected: list[int]) -> None:
+    schedule = Schedule("train-and-freeze", num_layers=5, window=2, start_layer=0, rounds=rounds)
+    assert starts(schedule) == expected
+
+
+def test_wide_windows_of_a_classifier_are_frozen_by_default_and_others_sweep() -> None:
+    kinds = [schedule_kind("auto", "classification", 6, window) for window in (3, 4, 6)]
+    assert kinds == ["continuous", "train-and-freeze", "train-and-freeze"]
+    assert schedule_kind("auto", "causal-lm", 30, 20) == "continuous"
+    assert schedule_kind("continuous", "classification", 6, 4) == "continuous"
 
 
 def test_probe_rounds_come_first_and_train_no_layer() -> None:

@@ -1,9 +1,11 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.types import Arrays
-from chainfed_engine.update_format import GROUP, decode, encode
+from chainfed_engine.update_format import GROUP, decode, encode, pack, unpacked
 
 SHAPES = {"adapters.0.down_weight": (16, 384), "adapters.0.down_bias": (16,), "classifier.out_weight": (3, 5, 7)}
 
@@ -88,3 +90,35 @@ def test_hostile_codes_are_refused_with_a_line(spoil: object) -> None:
     assert callable(spoil)
     reason = decode(spoil(encode(_update(before), before, seed=0), "adapters.0.down_weight"), before)
     assert isinstance(reason, str) and "\n" not in reason and len(reason) < 400
+
+
+def test_values_that_go_down_come_back_to_the_nearest_step_and_other_arrays_as_they_are() -> None:
+    sent: Arrays = {"classifier.out_bias": np.arange(3, dtype=np.float32)}
+    for key, array in _before().items():
+        sent |= pack(key, array)
+    back = unpacked(sent)
+    assert back["classifier.out_bias"] is sent["classifier.out_bias"]
+    for key, array in _before().items():
+        steps = np.repeat(sent[key + ".scale"], GROUP)[: array.size].reshape(array.shape)
+        assert back[key].dtype == np.float32 and back[key].shape == array.shape == sent[key + ".int8"].shape
+        assert (np.abs(back[key] - array) <= 0.5001 * steps).all()
+        assert pack(key, array)[key + ".int8"].tobytes() == sent[key + ".int8"].tobytes()
+    assert sum(array.nbytes for array in sent.values()) < 0.28 * sum(array.nbytes for array in back.values())
+    zeros = np.zeros((5, 70), np.float32)
+    assert unpacked(pack("k", zeros))["k"].tobytes() == zeros.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda sent: _without(sent, "k.scale"), "k: expected 2 scales in float32, one for 64 codes, got NoneType"),
+        (lambda sent: _without(sent, "k.int8"), "k.scale: scales came without their codes"),
+        (lambda sent: {**sent, "k.int8": sent["k.int8"].astype(np.int16)}, "k: expected codes in int8 of shape any"),
+        (lambda sent: {**sent, "k.scale": sent["k.scale"][:1]}, "k: expected 2 scales"),
+        (lambda sent: {**sent, "k.scale": sent["k.scale"] * np.float32("inf")}, "not finite: k holds scales"),
+    ],
+)
+def test_damaged_values_are_refused_by_the_client(spoil: Callable[[Arrays], Arrays], reason: str) -> None:
+    sent = pack("k", np.ones((5, 20), np.float32))
+    with pytest.raises(InvalidArgument, match=reason):
+        unpacked(spoil(sent))

@@ -18,7 +18,7 @@ from chainfed_engine.client.trainer import Trainer
 from chainfed_engine.data import EncodedData, batches, order_by_length
 from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
 from chainfed_engine.types import Arrays, Batch, Reply, Task
-from chainfed_engine.update_format import encode
+from chainfed_engine.update_format import encode, unpacked
 
 
 class Client:
@@ -76,7 +76,7 @@ class Client:
                     f"the run's frozen model is {task.base[:12] or 'unnamed'}, this client has {self._base[:12]}; "
                     "convert the same checkpoint with the same options on both sides"
                 )
-            parameters = self._held.take(task)
+            parameters = unpacked(self._held.take(task))
             match task.kind:
                 case "train":
                     arrays, metrics = self._train(task, parameters)

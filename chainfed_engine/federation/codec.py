@@ -18,7 +18,7 @@ import numpy as np
 from chainfed_engine.errors import CorruptFile
 from chainfed_engine.types import Arrays
 
-PROTOCOL = 2  # of header, records and what parameters mean; another one is refused by name
+PROTOCOL = 3  # of header, records and what parameters mean; another one is refused by name
 MAX_HEADER_BYTES = 4 << 20  # JSON takes up to thirty times as much memory once it is read
 MAX_PAYLOAD_BYTES = 2 << 30
 _DTYPES: dict[str, "np.dtype[Any]"] = {

@@ -135,6 +135,8 @@ def _adapter_bytes(request: Request) -> int:
     one = adapter_floats(request)
     trained = request.window_layers * one
     held = shape.num_layers * one * 2  # the modules', and the federation's arrays
+    if config.update_format != "f32":  # what is sent in eight bits, and one client's values of it
+        held += shape.num_layers * one * 21 // 16
     if config.method == "flora":  # the sum of products beside every projection, there and here, and old and new
         attention, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         held += 4 * shape.num_layers * shape.hidden_size * (attention + keys)

@@ -4,14 +4,23 @@ In: usable replies by client; out: new values of global arrays. Raises ConfigErr
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.server.global_model import GlobalModel
-from chainfed_engine.server.methods import Averaging
+from chainfed_engine.server.methods import Averaging, method_class
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.privacy import private_average
 from chainfed_engine.types import Arrays, Reply, Stage
+
+
+def update_format(config: ChainConfig) -> Literal["f32", "int8"]:
+    """What adapters travel as; "auto": eight bits wherever the rules that were chosen allow it."""
+    if config.update_format != "auto":
+        return config.update_format
+    allowed = method_class(config.method).averages_values and config.late_replies == "drop"
+    return "int8" if allowed else "f32"
 
 
 class Combiner:

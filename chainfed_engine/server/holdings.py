@@ -24,6 +24,13 @@ class Holdings:
             for key in keys:
                 held.pop(key, None)
 
+    def forget_outdated(self, current: Mapping[str, str]) -> None:
+        """Versions other than these are gone: clients that share a process let go of them, and one may come again, for
+        eight bits take few values."""
+        for held in self._held.values():
+            for key in [key for key, version in current.items() if held.get(key, version) != version]:
+                del held[key]
+
     def forget(self, client: str) -> None:
         """After an error nothing is known of the client; it gets everything anew."""
         self._held.pop(client, None)

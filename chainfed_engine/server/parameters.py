@@ -26,7 +26,7 @@ class Parameters:
         """Install copies of `arrays`; all-or-nothing."""
         copies = {key: _checked_copy(key, array) for key, array in arrays.items()}
         self._arrays.update(copies)
-        self._versions.update({key: _fingerprint(array) for key, array in copies.items()})
+        self._versions.update({key: fingerprint(array) for key, array in copies.items()})
         for layer in {layer_of_key(key) for key in copies} - {None}:
             assert layer is not None
             (self._identity_layers.add if self._acts_as_identity(layer) else self._identity_layers.discard)(layer)
@@ -70,7 +70,8 @@ def _checked_copy(key: str, array: np.ndarray) -> np.ndarray:
     return np.array(array, order="C", copy=True)
 
 
-def _fingerprint(array: np.ndarray) -> str:
+def fingerprint(array: np.ndarray) -> str:
+    """Version of an array: 32 hex digits over dtype, shape and bytes."""
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(array.data)
     return digest.hexdigest()[:32]

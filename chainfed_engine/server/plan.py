@@ -11,7 +11,7 @@ from typing import Literal
 from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import END_TO_END, ChainConfig
 from chainfed_engine.errors import ConfigError
-from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds, num_window_layers
+from chainfed_engine.schedule import Schedule, num_probe_rounds, num_refit_rounds, num_window_layers, schedule_kind
 from chainfed_engine.start_layer import start_layers
 from chainfed_engine.types import Stage, TaskKind, Window
 
@@ -142,9 +142,8 @@ class Plan:
             config.probe_rounds, config.rounds, self.task, config.aggregation, self.rounds_to_see_all
         )
         refit_rounds = num_refit_rounds(config.refit_rounds, probe_rounds, config.rounds)
-        return Schedule(
-            config.schedule, self.num_layers, self.window, start_layer, config.rounds, probe_rounds, refit_rounds
-        )
+        kind = schedule_kind(config.schedule, self.task, self.num_layers, self.window)
+        return Schedule(kind, self.num_layers, self.window, start_layer, config.rounds, probe_rounds, refit_rounds)
 
     def _trains_classifier_alone(self) -> bool:
         method = self.config.method

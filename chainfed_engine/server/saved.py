@@ -15,7 +15,7 @@ import numpy as np
 
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError, CorruptFile
-from chainfed_engine.schedule import num_probe_rounds, num_refit_rounds
+from chainfed_engine.schedule import num_probe_rounds, num_refit_rounds, schedule_kind
 from chainfed_engine.server.checks import refuse_arrays
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
@@ -199,7 +199,7 @@ def _is_beginning(
     refits = (num_refit_rounds(config["refit_rounds"], probe_rounds[0], count) for count in (saved_rounds, rounds))
     sweep = run["model"]["num_layers"] - config["window"] - (start_layer or 0) + 1
     return (
-        config["schedule"] == "continuous"
+        schedule_kind(config["schedule"], run["task"], run["model"]["num_layers"], config["window"]) == "continuous"
         and probe_rounds[0] == probe_rounds[1]
         and not any(refits)
         and (start_layer is None or (rounds - saved_rounds) % sweep == 0)

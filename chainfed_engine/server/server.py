@@ -18,7 +18,7 @@ from chainfed_engine.schedule import num_window_layers
 from chainfed_engine.server import quarantine, saved
 from chainfed_engine.server.checks import is_late, one_line
 from chainfed_engine.server.closed_form import ClosedForm
-from chainfed_engine.server.combine import Combiner
+from chainfed_engine.server.combine import Combiner, update_format
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.lateness import late_task
@@ -56,7 +56,11 @@ class Server:
     ) -> None:
         if not client_samples or min(client_samples.values()) < 1:
             raise InvalidArgument(f"expected at least one client, each with samples, got {dict(client_samples)!r:.200}")
-        config = replace(config, window=num_window_layers(config.window, shape.num_layers, config.start_layer))
+        config = replace(
+            config,
+            window=num_window_layers(config.window, shape.num_layers, config.start_layer),
+            update_format=update_format(config),
+        )
         self.config = config
         self.shape = shape
         self.task = task
@@ -140,6 +144,7 @@ class Server:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
         self._run.setbacks.check("profile attempts" if self._profile_pending else "rounds")
         tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
+        self._holdings.forget_outdated({key: version for task in tasks for key, version in task.versions.items()})
         self._pending = {task.client: task for task in tasks}
         return tasks
 

@@ -12,6 +12,7 @@ from chainfed_engine.server.closed_form import ClosedForm
 from chainfed_engine.server.global_model import GlobalModel
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.server.methods import Averaging
+from chainfed_engine.server.outgoing import Outgoing
 from chainfed_engine.server.plan import Plan
 from chainfed_engine.server.sampling import PROFILE_STREAM, ROUND_STREAM, client_seed
 from chainfed_engine.types import Arrays, Scalar, Stage, Task
@@ -36,13 +37,14 @@ class TaskMaker:
         self._config, self._plan, self._model, self._method = config, plan, model, method
         self._hidden_size, self._base = hidden_size, base
         self._client_windows, self._closed_form = client_windows, closed_form
+        self._outgoing = Outgoing(packs=config.update_format == "int8")
 
     def profile(
         self, cohort: Sequence[str], attempt: int, depths: range, holdings: Holdings, *, with_scores: bool
     ) -> list[Task]:
         """One for each client of the cohort: statistics for stand-ins at `depths` and, `with_scores`, CKA by layer."""
         config, tasks = self._config, []
-        needed, versions = self._model.needed(None, 0)
+        needed, versions = self._outgoing.of(*self._model.needed(None, 0))
         for name in cohort:
             settings: dict[str, Scalar] = {
                 "batch_size": config.batch_size,
@@ -94,7 +96,7 @@ class TaskMaker:
         settings: Mapping[str, Scalar],
     ) -> Task:
         stage = self._method.stage(stage, round_id, name)
-        needed, versions = self._method.needed(stage, start_layer)
+        needed, versions = self._outgoing.of(*self._method.needed(stage, start_layer))
         arrays = _lacking(holdings, name, needed, versions)
         own = self._model.for_client(stage, self._client_windows.get(name))
         return Task("train", name, round_id, own, arrays, settings, versions, self._base)

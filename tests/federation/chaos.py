@@ -93,7 +93,10 @@ class ChaoticTransport(LocalTransport):
             case "not_a_number" | "scaled":
                 self.liars.setdefault(reply.round_id, set()).add(reply.client)
                 factor = np.float32("nan") if name == "not_a_number" else np.float32(1000)
-                yield replace(reply, arrays={key: array * factor for key, array in reply.arrays.items()})
+                arrays = {
+                    key: array * factor if array.dtype == np.float32 else array for key, array in reply.arrays.items()
+                }
+                yield replace(reply, arrays=arrays)
             case "twice":
                 yield reply
                 yield reply

@@ -77,21 +77,23 @@ def test_a_deployed_run_ends_with_the_bits_of_the_run_in_process(root: Path, tmp
         assert all(deployed[name] == local[name] for name in ("loss", "clients", "bytes_down", "bytes_up", "window"))
 
 
-def test_a_deployed_run_with_eight_bit_updates_ends_with_the_bits_of_the_one_in_process(
-    root: Path, tmp_path: Path
-) -> None:
+def test_a_deployed_run_in_thirty_two_bits_ends_with_the_bits_of_the_one_in_process(root: Path, tmp_path: Path) -> None:
     for name in ("all", "serve"):
-        text = (root / f"{name}.toml").read_text().replace("[federation]", '[federation]\nupdate_format = "int8"')
-        (root / f"{name}8.toml").write_text(text)
-    local = api.run(load_config(root / "all8.toml"), tmp_path / "in-process").directory
+        text = (root / f"{name}.toml").read_text().replace("[federation]", '[federation]\nupdate_format = "f32"')
+        (root / f"{name}32.toml").write_text(text)
+    local = api.run(load_config(root / "all32.toml"), tmp_path / "in-process").directory
     courier = DirectCourier(_sites(root, tmp_path))
-    outcome = _serve(root, tmp_path / "run", courier, config="serve8.toml")
+    outcome = _serve(root, tmp_path / "run", courier, config="serve32.toml")
     assert outcome["status"] == "done", outcome
     assert (tmp_path / "run" / "adapters.safetensors").read_bytes() == (local / "adapters.safetensors").read_bytes()
-    plain = [event["bytes_up"] for event in _rounds(root / "in-process")]
-    coded = [event["bytes_up"] for event in _rounds(tmp_path / "run")]
-    assert coded == [event["bytes_up"] for event in _rounds(local)]
-    assert any(eight < 0.5 * thirty_two for eight, thirty_two in zip(coded, plain, strict=True))
+    assert all(_bytes(local, way) == _bytes(tmp_path / "run", way) for way in ("up", "down"))
+    for way in ("up", "down"):
+        pairs = zip(_bytes(root / "in-process", way), _bytes(local, way), strict=True)
+        assert any(eight < 0.5 * thirty_two for eight, thirty_two in pairs)
+
+
+def _bytes(path: Path, way: str) -> list[int]:
+    return [event[f"bytes_{way}"] for event in _rounds(path)]
 
 
 def test_sites_that_are_restarted_between_rounds_keep_what_they_were_sent(root: Path, tmp_path: Path) -> None:
@@ -179,19 +181,24 @@ def _cut(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[bytes, 
     return header, payload[: len(payload) // 2]
 
 
+def _times(array: np.ndarray, factor: str) -> np.ndarray:
+    """Scales times a factor; codes as they are."""
+    return array * np.float32(factor) if array.dtype == np.float32 else array
+
+
 HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "another model": (_field("base", "0" * 64), "frozen model"),
     "another window": (_stage, "expected the window"),
     "another round": (_field("round_id", 99), "expected round"),
     "another client's name": (_field("client", "practice"), "in the name of 'practice'"),
-    "another shape": (_arrays(lambda array: np.zeros((2, 2), np.float32)), "expected float32"),
+    "another shape": (_arrays(lambda array: np.zeros((2, 2), np.float32)), "expected codes in int8"),
     "another dtype": (_arrays(lambda array: array.astype(np.float64)), "float64"),
-    "oversized": (_arrays(lambda array: np.zeros((4096, 64), np.float32)), "expected float32"),
-    "NaN": (_arrays(lambda array: array * np.float32("nan")), "not finite"),
-    "scaled": (_arrays(lambda array: array * np.float32(1e4)), "norm"),
+    "oversized": (_arrays(lambda array: np.zeros((4096, 64), array.dtype)), "expected codes in int8 of shape"),
+    "NaN": (_arrays(lambda array: _times(array, "nan")), "not finite"),
+    "scaled": (_arrays(lambda array: _times(array, "1e4")), "norm"),
     "truncated": (_cut, "cut short"),
     "hostile header": (lambda record, arrays: (b"[" * 50000, b""), "no JSON"),
-    "another protocol": (lambda record, arrays: (b'{"protocol": 7}', b""), "expected protocol 2, got 7"),
+    "another protocol": (lambda record, arrays: (b'{"protocol": 7}', b""), "expected protocol 3, got 7"),
     "a pickle": (lambda record, arrays: (b"\x80\x04cos\nsystem\n", b"x"), "no JSON"),
     "Flower's own error": (lambda record, arrays: "Flower error 2: handler raised", "handler raised"),
 }

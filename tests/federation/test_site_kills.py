@@ -27,7 +27,7 @@ def test_a_site_killed_while_it_writes_goes_on_and_the_run_ends_with_the_same_bi
     assert result.returncode == 0, result.stderr[-2000:]
     calm, *outcomes = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert calm["codes"] == [0] and calm["adapters"]
-    for kept in ("setup.json", "down_weight.npy", ".bin"):
+    for kept in ("setup.json", "down_weight.int8.npy", ".bin"):
         assert any(kept in name for name in calm["changes"]), f"nothing was written to {kept}"
     assert len(outcomes) == (2 * len(calm["changes"]) if POINTS == ["all"] else len(POINTS))
     for outcome in outcomes:

@@ -9,6 +9,7 @@ from chainfed_engine import classifier_fit
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server, Summary
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, adapter_key, classifier_key
+from chainfed_engine.update_format import CODES, SCALES, unpacked
 
 HIDDEN, RANK = 4, 2
 
@@ -43,6 +44,7 @@ def make_server(
         "probe_rounds": 0,
         "rounds": 6,
         "clients_per_round": 3,
+        "update_format": "f32",
         **fields,
     }
     clients = samples or {f"client-{index}": 10 + index for index in range(5)}
@@ -53,7 +55,8 @@ def make_server(
 def trained_keys(task: Task) -> list[str]:
     assert task.stage is not None
     prefixes = tuple(f"adapters.{layer}." for layer in task.stage.window.layers)
-    return [key for key in task.versions if key.startswith((*prefixes, "classifier."))]
+    names = [key.removesuffix(CODES) for key in task.versions if not key.endswith(SCALES)]
+    return [key for key in names if key.startswith((*prefixes, "classifier."))]
 
 
 class Site:
@@ -67,6 +70,7 @@ class Site:
         held = self.held[task.client]
         held.update(task.arrays)
         assert task.versions.keys() <= held.keys(), "the server believes in something the client was never sent"
+        values = unpacked({key: held[key] for key in task.versions})
         generator = np.random.default_rng(int(task.settings["seed"]))
         if task.settings["closed_form"]:
             x = generator.normal(size=(int(task.settings["num_rows"]), HIDDEN))
@@ -84,7 +88,7 @@ class Site:
         for key in trained_keys(task):
             if key.startswith("classifier.") and not task.settings["trains_classifier"]:
                 continue
-            arrays[key] = held[key] + generator.normal(size=held[key].shape).astype(np.float32)
+            arrays[key] = values[key] + generator.normal(size=values[key].shape).astype(np.float32)
         return Reply(
             "train", task.client, task.round_id, self.samples[task.client], arrays, {"loss": 1.0}, stage=task.stage
         )

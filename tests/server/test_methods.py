@@ -271,7 +271,7 @@ def test_a_mistyped_method_is_told_the_nearest_one() -> None:
 
 
 def test_lora_is_averaged_factor_by_factor() -> None:
-    config = ChainConfig(method="lora", adapter_size=4, rounds=2, clients_per_round=3)
+    config = ChainConfig(method="lora", adapter_size=4, rounds=2, clients_per_round=3, update_format="f32")
     server = Server(config, shape(2), lora_initial(bases=False), CLIENTS, "classification")
     summaries = play(server)
     assert all(summary.accepted and summary.stage and summary.stage.window.size == 2 for summary in summaries)

@@ -81,7 +81,13 @@ def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_no
 ) -> None:
     samples = {"a": 5, "b": 6}
     config = ChainConfig(
-        start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, train_classifier=trained
+        start_layer=0,
+        window=2,
+        probe_rounds=1,
+        rounds=8,
+        clients_per_round=2,
+        train_classifier=trained,
+        update_format="f32",
     )
     server = Server(config, replace(shape(4), architecture="bert"), initial(4), samples, "classification")
     site, seen = Site(samples), []

@@ -4,10 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.server import Server
+from chainfed_engine.server.combine import update_format
+from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.types import Reply, Task
-from chainfed_engine.update_format import encode
+from chainfed_engine.update_format import encode, unpacked
 from tests.server.server_parts import Site, make_server, same_bits
 
 SAMPLES = {f"client-{index}": 20 for index in range(5)}
@@ -60,6 +63,39 @@ def test_a_liar_in_eight_bits_is_refused_like_one_in_thirty_two() -> None:
     without.receive([replies[0], replies[4]])
     assert summary.clients == ("client-0", "client-4")
     assert same_bits(server.parameters(), without.parameters())
+
+
+def test_what_goes_down_is_packed_once_and_the_server_keeps_its_own_exact() -> None:
+    server, site = _server(rounds=2), Site(SAMPLES)
+    server.receive([_answer(server, site, task) for task in server.next_tasks()])
+    exact = server.parameters()
+    tasks = server.next_tasks()
+    codes = [key for key in tasks[0].arrays if key.endswith(".int8")]
+    assert codes and all(tasks[0].arrays[key] is task.arrays[key] for task in tasks for key in codes)
+    for key, array in unpacked(tasks[0].arrays).items():
+        if key.startswith("adapters."):
+            np.testing.assert_allclose(array, exact[key], atol=float(np.abs(exact[key]).max()) / 250)
+            assert (array != exact[key]).any() or not exact[key].any()
+    evaluated = server.evaluation_task("judge").arrays
+    assert all(evaluated[key].tobytes() == exact[key].tobytes() for key in exact)
+
+
+def test_a_version_that_comes_again_is_sent_again() -> None:
+    """Eight bits take few values: an adapter may come to have the codes of two rounds ago, which nobody kept."""
+    holdings = Holdings()
+    holdings.confirm("a", {"k": "1", "other": "x"})
+    holdings.forget_outdated({"k": "2"})
+    assert holdings.lacking("a", {"k": "1", "other": "x"}) == ["k"]
+
+
+def test_by_default_parameters_travel_in_eight_bits_where_the_rules_allow_it() -> None:
+    formats = {
+        method: update_format(ChainConfig(method=method)) for method in ("chain", "full-adapters", "lora", "fedra")
+    }
+    assert set(formats.values()) == {"int8"}
+    assert {update_format(ChainConfig(method=method)) for method in ("fwdllm", "fedkseed", "flora")} == {"f32"}
+    assert update_format(ChainConfig(late_replies="discount")) == "f32"
+    assert update_format(ChainConfig(late_replies="discount", update_format="int8")) == "int8"  # refused by the server
 
 
 @pytest.mark.parametrize("method", ["fwdllm", "fedkseed", "flora"])

@@ -1,0 +1,44 @@
+"""The parameters as they go down to clients: themselves, or adapters in eight bits. In: arrays and their versions; out:
+those of what is sent, each packed once however many clients ask for it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from chainfed_engine.server.parameters import fingerprint
+from chainfed_engine.types import Arrays, layer_of_key
+from chainfed_engine.update_format import pack
+
+
+class Outgoing:
+    """Keeps the packed form of the last version of each parameter, a quarter of its bytes."""
+
+    def __init__(self, *, packs: bool) -> None:
+        self._packs = packs
+        self._packed: dict[str, tuple[str, Arrays, dict[str, str]]] = {}
+
+    def of(self, arrays: Arrays, versions: Mapping[str, str]) -> tuple[Arrays, Mapping[str, str]]:
+        """What stands for these, shared and not to be written to, and its versions."""
+        if not self._packs:
+            return arrays, versions
+        sent: Arrays = {}
+        sent_versions: dict[str, str] = {}
+        for key, array in arrays.items():
+            version = versions[key]
+            if layer_of_key(key) is None:
+                sent[key], sent_versions[key] = array, version
+                continue
+            if key not in self._packed or self._packed[key][0] != version:
+                self._pack(key, array, version)
+            sent |= self._packed[key][1]
+            sent_versions |= self._packed[key][2]
+        return sent, sent_versions
+
+    def _pack(self, key: str, array: np.ndarray, version: str) -> None:
+        packed = pack(key, array)
+        versions = {name: fingerprint(part) for name, part in packed.items()}
+        if key in self._packed:
+            # What is as before stays the same array: clients in this process share it.
+            _, before, versions_before = self._packed[key]
+            packed |= {name: before[name] for name in packed if versions[name] == versions_before[name]}
+        self._packed[key] = (version, packed, versions)
