@@ -95,7 +95,7 @@ def test_a_classifier_that_explains_its_batches_is_left_as_it_is_in_the_last_rou
     checkpoint: Callable[..., Checkpoint],
 ) -> None:
     data = loader("classes")[:1]
-    config = ChainConfig(window=3, rounds=60, probe_rounds=1, refit_rounds=1, adapter_size=16, lr=0.05, lr_decay="none")
+    config = ChainConfig(window=3, rounds=60, probe_rounds=1, refit_rounds=1, adapter_size=16, lr=0.01, lr_decay="none")
     with ChainTrainer(checkpoint("bert").open(), config, num_labels=2) as trainer:
         while trainer.round_id < 59:
             trainer.step(data[0])

@@ -64,7 +64,7 @@ class UpdateCollector:
         if reason is None:
             reason = self._refuse(task, reply.arrays)
         if reason is None:
-            reply = self._weighed(reply)
+            reply = self._weighed(reply, task)
             if self._before is not None:
                 norm = quarantine.update_norm(reply.arrays, self._before(task))
                 self._sizes[reply.client] = quarantine.Size(norm, num_steps(task, reply.num_samples))
@@ -130,10 +130,11 @@ class UpdateCollector:
             self.usable.pop(client, None)
             self.late.pop(client, None)
 
-    def _weighed(self, reply: Reply) -> Reply:
-        """It weighs what it says, up to the limit."""
-        most = self._max_weight
-        return replace(reply, num_samples=most) if most is not None and reply.num_samples > most else reply
+    def _weighed(self, reply: Reply, task: Task) -> Reply:
+        """It weighs the samples that it has, as it says, but no more than it trained on and no more than the limit."""
+        trained_on = samples_trained_on(task, reply.num_samples)
+        weight = trained_on if self._max_weight is None else min(trained_on, self._max_weight)
+        return replace(reply, num_samples=weight)
 
     def _decoded(self, reply: Reply) -> tuple[Reply, str | None]:
         """The reply with its arrays in float32, and the reason if they cannot be read."""
@@ -145,7 +146,7 @@ class UpdateCollector:
     def _add_again(self, reply: Reply) -> str | None:
         first = self.usable.get(reply.client)
         if first is not None and isinstance(reply.num_samples, int):
-            again, reason = self._decoded(self._weighed(reply))
+            again, reason = self._decoded(self._weighed(reply, self._tasks[reply.client]))
             if reason is None and _same(first, again):
                 return None
         self.usable.pop(reply.client, None)
@@ -159,6 +160,14 @@ def num_steps(task: Task, num_samples: int) -> float:
     steps = -(-num_samples // batch_size) * int(settings.get("local_epochs", 1))
     limit = int(settings.get("max_local_steps", 0))
     return float(max(1, min(steps, limit) if limit else steps))
+
+
+def samples_trained_on(task: Task, num_samples: int) -> int:
+    """How many of a client's samples the task has it train on. Where `max_local_steps` leaves some out, an update tells
+    no more of a large client than of a small one, and to weigh it by all samples made two of three updates count for
+    little (docs/LOG.md, 2026-11-30)."""
+    limit = int(task.settings.get("max_local_steps", 0)) * int(task.settings.get("batch_size", 0))
+    return min(num_samples, limit) if limit else num_samples
 
 
 def only_non_finite(reasons: Mapping[str, str]) -> bool:
