@@ -5,7 +5,7 @@
 RUN is the directory of a classification run: its configuration, and from metrics.jsonl who took part in each round.
 MODEL is the checkpoint in f32. LoRA of the run's adapter size on query and value of every layer and a linear classifier
 on the mean of the tokens, trained end to end by AdamW with the run's rate, decay, batch and local epochs; averaged by
-samples. Prints one JSON line a evaluated round: accuracy, processor seconds of training, bytes sent both ways.
+the samples trained on. Prints one JSON line a evaluated round: accuracy, processor seconds of training, bytes sent.
 """
 
 import argparse
@@ -77,7 +77,8 @@ def main() -> None:
         for name in cohort:
             seed = chain.seed + 1_000 * round_id
             replies.append(_train(model, shared, clients[name], config, lr, seed, tokenizer.pad_id))
-        sizes = torch.tensor([float(len(clients[name])) for name in cohort])
+        most = chain.max_local_steps * chain.batch_size or math.inf  # a client weighs the samples that it trained on
+        sizes = torch.tensor([float(min(len(clients[name]), most)) for name in cohort])
         shares = (sizes / sizes.sum()).tolist()
         shared = {
             key: sum(share * reply[key] for share, reply in zip(shares, replies, strict=True))  # type: ignore[misc]

@@ -291,3 +291,17 @@ def test_clients_are_told_the_rate_of_their_round() -> None:
         play(server, rounds=1)
     told = [rate for rate in rates if rate is not None]
     assert told == [pytest.approx(0.5 * (1 + math.cos(math.pi * index / 4)) / 2) for index in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "weights"), [(0, (10, 30)), (3, (6, 6)), (10, (10, 20))], ids=["all", "equal", "one has fewer"]
+)
+def test_an_update_weighs_the_samples_that_it_was_trained_on(steps: int, weights: tuple[int, int]) -> None:
+    samples = {"a": 10, "b": 30}
+    server = make_server(samples=samples, clients_per_round=2, batch_size=2, max_local_steps=steps)
+    site = Site(samples)
+    replies = [site.answer(task) for task in server.next_tasks()]
+    server.receive(replies)
+    for key, array in replies[0].arrays.items():
+        expected = np.average([array, replies[1].arrays[key]], axis=0, weights=weights)
+        np.testing.assert_allclose(server.parameters()[key], expected, rtol=1e-5, atol=1e-6)
