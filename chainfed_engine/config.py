@@ -116,7 +116,7 @@ class ChainConfig:
     # share of a cohort that the robust rules take to be hostile
     hostile_share: float = _in("federation", 0.1, high=0.49)
     norm_limit: float = _in("federation", 5.0, high=1e9)  # times the cohort's median norm; 0: no limit
-    # what a client's number of samples may weigh, in medians of all clients'; 0: no limit
+    # what a client's samples, those that it trains on in the round, may weigh: medians of all clients'; 0: no limit
     weight_limit: float = _in("federation", 10.0, high=1e9)
     # replies to rounds that are over: dropped, or counted in a later one of the same window at 1 / (1 + rounds late)
     late_replies: Literal["drop", "discount"] = _in("federation", "drop")
