@@ -7,6 +7,7 @@ the same bits, and errors average out over clients and rounds. NumPy only. Sourc
 NeurIPS, arXiv 1610.02132.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -72,6 +73,13 @@ def decode(encoded: object, before: Mapping[str, np.ndarray]) -> Arrays | str:
             return reason
         decoded[key] = array + _values(codes, scales)
     return decoded
+
+
+def fingerprint(array: np.ndarray) -> str:
+    """The version of a parameter as it travels: 32 hex digits of a SHA-256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:32]
 
 
 def _refuse(key: str, codes: object, scales: object, shape: tuple[int, ...] | None = None) -> str | None:

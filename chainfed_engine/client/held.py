@@ -1,12 +1,11 @@
 """The global parameters a client holds: what tasks brought, kept until a newer version comes. References, no copies.
 
 With a folder they outlive the process: one file a version, named by it, so that a client that returns after any number
-of rounds is sent only what it lacks. A version is the fingerprint of the array it names (`server/parameters.py`), and a
+of rounds is sent only what it lacks. A version is the fingerprint of the array it names (`update_format.py`), and a
 file that does not keep it is thrown away, never used.
 """
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -17,16 +16,10 @@ import numpy as np
 from chainfed_engine import stand_in
 from chainfed_engine.errors import InvalidArgument, StorageError
 from chainfed_engine.types import Arrays, Task
+from chainfed_engine.update_format import fingerprint
 
 _VERSION = re.compile(r"[0-9a-f]{32}")
 _MAX_KEPT = 4096  # files; more than any chain has parameters, and a bound on what a hostile server can make us keep
-
-
-def fingerprint(array: np.ndarray) -> str:
-    """The version of a parameter: 32 hex digits of a SHA-256 over dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
 
 
 class HeldParameters:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from chainfed_engine.server.parameters import fingerprint
 from chainfed_engine.types import Arrays, layer_of_key
-from chainfed_engine.update_format import pack
+from chainfed_engine.update_format import fingerprint, pack
 
 
 class Outgoing:

@@ -4,13 +4,13 @@ A version is a fingerprint of dtype, shape and bytes, so a parameter that did no
 client that kept its copy across a restart of the server is still right about it.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from chainfed_engine.errors import InvalidArgument
 from chainfed_engine.types import Arrays, layer_of_key
+from chainfed_engine.update_format import fingerprint
 
 
 class Parameters:
@@ -68,10 +68,3 @@ def _checked_copy(key: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InvalidArgument(f"parameter {key}: expected finite values, got NaN or infinity")
     return np.array(array, order="C", copy=True)
-
-
-def fingerprint(array: np.ndarray) -> str:
-    """Version of an array: 32 hex digits over dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(array.data)
-    return digest.hexdigest()[:32]
