@@ -46,6 +46,11 @@ def is_large(key: str, num_bytes: int) -> bool:
     return key.startswith(KEY_PREFIX) and num_bytes >= _LARGE_BYTES
 
 
+def is_map(key: str) -> bool:
+    """Whether this parameter is a part of a map to the final hidden state, without the classifier."""
+    return key.startswith(KEY_PREFIX) and not key.split(".")[2].startswith("logit_")
+
+
 def statistics(depth: int, x: Matrix, y: Matrix) -> Arrays:
     """Least-squares factor of rows x [n, D] -> y [n, D]: float32 [min(n, 2D + 1), 2D + 1] under one key."""
     return {stand_in_key(depth, "factor"): least_squares.factor(x, y).astype(np.float32, copy=False)}

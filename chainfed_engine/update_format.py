@@ -1,10 +1,11 @@
-"""Adapters in eight bits: codes in groups of 64 with one scale each, 0.27 of the bytes, both ways.
+"""What travels, in fewer bits: parameters in eight, 0.27 of their bytes, both ways; statistics in sixteen.
 
-In: float32 arrays; out: `<key>.int8` of the same shape and `<key>.scale`, and back. Down go values, rounded to the
-nearest: the server keeps its own exact, so errors do not add up. Up goes what changed, rounded at random without bias
-and seeded by the task, so that it needs no memory of earlier rounds: a client that is killed and asked again answers
-the same bits, and errors average out over clients and rounds. NumPy only. Source: Alistarh et al., 2017, "QSGD",
-NeurIPS, arXiv 1610.02132.
+In: float32 arrays; out: `<key>.int8` of the same shape and `<key>.scale`, codes in groups of 64 with one scale each,
+and back. Down go values, rounded to the nearest: the server keeps its own exact, so errors do not add up. Up goes what
+changed, rounded at random without bias and seeded by the task, so that it needs no memory of earlier rounds: a client
+that is killed and asked again answers the same bits, and errors average out over clients and rounds. Rows of statistics
+go up as float16: what that takes from them lies far below the ridge of the fit. NumPy only. Source: Alistarh et al.,
+2017, "QSGD", NeurIPS, arXiv 1610.02132.
 """
 
 import hashlib
@@ -73,6 +74,25 @@ def decode(encoded: object, before: Mapping[str, np.ndarray]) -> Arrays | str:
             return reason
         decoded[key] = array + _values(codes, scales)
     return decoded
+
+
+def halved(statistics: Mapping[str, np.ndarray]) -> Arrays:
+    """Statistics as they go up: float32 as float16, but for arrays with a number that float16 cannot hold."""
+    return {key: _half(array) if array.dtype == np.float32 else array for key, array in statistics.items()}
+
+
+def widened(sent: object, before: Mapping[str, np.ndarray] | None = None) -> Arrays:
+    """The float32 arrays that stand behind `halved` ones; all else as it is, for the reader to refuse."""
+    if not isinstance(sent, Mapping):
+        return sent  # type: ignore[return-value]
+    is_half = {key: isinstance(array, np.ndarray) and array.dtype == np.float16 for key, array in sent.items()}
+    return {key: array.astype(np.float32) if is_half[key] else array for key, array in sent.items()}
+
+
+def _half(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.isfinite(half).all() else array
 
 
 def fingerprint(array: np.ndarray) -> str:

@@ -18,7 +18,7 @@ from chainfed_engine.client.trainer import Trainer
 from chainfed_engine.data import EncodedData, batches, order_by_length
 from chainfed_engine.errors import ChainfedError, DataError, InvalidArgument, NonFiniteLoss
 from chainfed_engine.types import Arrays, Batch, Reply, Task
-from chainfed_engine.update_format import encode, unpacked
+from chainfed_engine.update_format import encode, halved, unpacked
 
 
 class Client:
@@ -135,6 +135,7 @@ class Client:
         data = self._data.subset(np.sort(picked))
         some = batches(data, _integer(task, "batch_size"), seed=None, pad_id=self._pad_id)
         statistics, loss = self._trainer.classifier_statistics(some, parameters)
+        statistics = _as_wanted(statistics, task)
         return statistics, {"loss": loss, "steps": 0.0, "train_seconds": time.perf_counter() - started}
 
     def _training_data(self, task: Task) -> EncodedData:
@@ -175,6 +176,7 @@ class Client:
         max_rows = _integer(task, "max_rows")
         with_scores = _integer(task, "with_scores") > 0
         statistics = self._trainer.profile(some, parameters, depths=depths, max_rows=max_rows, with_scores=with_scores)
+        statistics = _as_wanted(statistics, task)
         return statistics, {"profile_seconds": time.perf_counter() - started}
 
     def _evaluate(self, task: Task, parameters: Arrays) -> dict[str, float]:
@@ -182,6 +184,10 @@ class Client:
 
     def _batches(self, task: Task, *, seed: int | None) -> Iterator[Batch]:
         return batches(self._data, _integer(task, "batch_size"), seed=seed, pad_id=self._pad_id)
+
+
+def _as_wanted(statistics: Arrays, task: Task) -> Arrays:
+    return halved(statistics) if task.settings.get("update_format") == "int8" else statistics
 
 
 def _number(task: Task, name: str) -> float:

@@ -81,9 +81,8 @@ class HeldParameters:
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open(os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                # Not synced: what a power cut leaves of it does not keep its version.
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
             os.replace(sibling, path)
         except OSError as error:
             raise StorageError(f"{path}: cannot keep an adapter: {error.strerror or error}; free space") from error

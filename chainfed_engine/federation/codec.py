@@ -18,10 +18,11 @@ import numpy as np
 from chainfed_engine.errors import CorruptFile
 from chainfed_engine.types import Arrays
 
-PROTOCOL = 3  # of header, records and what parameters mean; another one is refused by name
+PROTOCOL = 4  # of header, records and what parameters mean; another one is refused by name
 MAX_HEADER_BYTES = 4 << 20  # JSON takes up to thirty times as much memory once it is read
 MAX_PAYLOAD_BYTES = 2 << 30
 _DTYPES: dict[str, "np.dtype[Any]"] = {
+    "<f2": np.dtype("<f2"),
     "<f4": np.dtype("<f4"),
     "<f8": np.dtype("<f8"),
     "|i1": np.dtype("|i1"),
@@ -38,7 +39,7 @@ def pack(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[b
     for key in sorted(arrays):
         array = np.ascontiguousarray(arrays[key])
         if array.dtype.str not in _DTYPES or array.ndim > _MAX_DIMS:
-            raise CorruptFile(f"message: {key}: expected float32, float64, int8 or uint8, got {array.dtype}")
+            raise CorruptFile(f"message: {key}: expected float16, float32, float64, int8 or uint8, got {array.dtype}")
         entries.append([key, array.dtype.str, list(arrays[key].shape)])
         parts.append(array.tobytes())
     payload = b"".join(parts)

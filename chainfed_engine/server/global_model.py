@@ -98,8 +98,12 @@ class GlobalModel:
             return stage
         return Stage(stage.kind, Window(window.stop - max_layers, window.stop), stage.sweep)
 
-    def needed(self, stage: Stage | None, start_layer: int) -> tuple[Arrays, dict[str, str]]:
-        """Arrays and versions of all that the model at this stage is made of; None: adapters before any training.
+    def adapters(self) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of the adapters that were trained: what final features are computed with."""
+        return self.select(self._trained.layer_keys(self._trained.trained_layers()))
+
+    def needed(self, stage: Stage, start_layer: int) -> tuple[Arrays, dict[str, str]]:
+        """Arrays and versions of all that the model at this stage is made of.
 
         An adapter that no window has reached yet is the identity and left out. One that a window has reached goes
         along even if its updates were refused: sites that share a model in memory must not see each other's.
@@ -107,7 +111,7 @@ class GlobalModel:
         layers = self._trained.trained_layers()
         classifier, stand_ins = self._trained.classifier_keys(), self._stand_ins
         kept: list[str] = []
-        if stage is not None and stage.kind == "window":
+        if stage.kind == "window":
             reached = stage.window.stop if stage.sweep == 0 else self._num_layers
             layers |= set(range(start_layer, reached))
             if not self._uses_later_adapters:

@@ -1,11 +1,13 @@
-"""The parameters as they go down to clients: themselves, or adapters in eight bits. In: arrays and their versions; out:
-those of what is sent, each packed once however many clients ask for it."""
+"""The parameters as they go down to clients: themselves, or in eight bits. In: arrays and their versions; out: those of
+what is sent, each packed once however many clients ask for it. Maps from hidden state to hidden state go as they are:
+few runs need them, and those let go of one before the next comes."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from chainfed_engine.types import Arrays, layer_of_key
+from chainfed_engine.stand_in import is_map
+from chainfed_engine.types import Arrays
 from chainfed_engine.update_format import fingerprint, pack
 
 
@@ -24,7 +26,7 @@ class Outgoing:
         sent_versions: dict[str, str] = {}
         for key, array in arrays.items():
             version = versions[key]
-            if layer_of_key(key) is None:
+            if is_map(key):
                 sent[key], sent_versions[key] = array, version
                 continue
             if key not in self._packed or self._packed[key][0] != version:

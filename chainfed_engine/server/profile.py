@@ -8,6 +8,7 @@ Source: ChainFed, section on Function-Oriented Adaptive Tuning, for the scores.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from chainfed_engine.server.quarantine import MIN_COHORT
 from chainfed_engine.server.statistics import refuse_rows, refuse_size, row_size
 from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
+from chainfed_engine.update_format import widened
 
 SCORES_KEY = "cka"  # float64 [num_layers]
 
@@ -25,7 +27,7 @@ class ProfileCollector:
     """`tasks`: who was asked. `depths`: where stand-in statistics are due. `with_scores`: whether scores are.
 
     `max_weight`: what a client's samples weigh at most. `norm_limit`: times the cohort's median that the rows behind
-    statistics may measure. The first reply of a client counts.
+    statistics may measure. `halves`: whether statistics may come as float16. The first reply of a client counts.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class ProfileCollector:
         with_scores: bool,
         max_weight: int | None = None,
         norm_limit: float = 0.0,
+        halves: bool = False,
     ) -> None:
         self._tasks = tasks
         self._shape = shape
         self._factor_keys = [stand_in_key(depth, "factor") for depth in depths]
         self._samples = samples
         self._with_scores = with_scores
-        self._max_weight, self._norm_limit = max_weight, norm_limit
+        self._max_weight, self._norm_limit, self._halves = max_weight, norm_limit, halves
         self._held: list[Reply] = []  # until there is a cohort
         self._sizes: dict[str, list[float]] = {key: [] for key in self._factor_keys}
         self._out_of_line: dict[str, str] = {}
@@ -60,6 +63,8 @@ class ProfileCollector:
         client = reply.client
         if client in self._waiting or client not in self._order:
             return "more than one reply; the first one counts"
+        if self._halves:
+            reply = replace(reply, arrays=widened(reply.arrays))
         reason = self._refuse(reply)
         self._waiting[client] = None if reason else reply
         while self._order and self._order[0] in self._waiting:

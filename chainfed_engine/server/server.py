@@ -31,7 +31,7 @@ from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
-from chainfed_engine.update_format import decode
+from chainfed_engine.update_format import decode, widened
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
 
@@ -248,6 +248,7 @@ class Server:
                 with_scores=self._run.start_layer is None,
                 max_weight=self._max_weight,
                 norm_limit=self.config.norm_limit,
+                halves=self.config.update_format == "int8",
             )
         closed_form = self._plan.fits_classifier(self._stage())
         method = self._method
@@ -258,7 +259,7 @@ class Server:
             samples=self.client_samples,
             last_size=self._run.typical_size,
             max_weight=self._max_weight,
-            decode=decode if self.config.update_format == "int8" and not closed_form else None,
+            decode=None if self.config.update_format == "f32" else widened if closed_form else decode,
         )
 
     def _finish_profile(

@@ -44,7 +44,7 @@ class TaskMaker:
     ) -> list[Task]:
         """One for each client of the cohort: statistics for stand-ins at `depths` and, `with_scores`, CKA by layer."""
         config, tasks = self._config, []
-        needed, versions = self._outgoing.of(*self._model.needed(None, 0))
+        needed, versions = self._outgoing.of(*self._model.adapters())
         for name in cohort:
             settings: dict[str, Scalar] = {
                 "batch_size": config.batch_size,
@@ -54,6 +54,7 @@ class TaskMaker:
                 "with_scores": int(with_scores),
                 "max_rows": -(-(config.stand_in_rows or stand_in.rows_in_all(self._hidden_size)) // len(cohort)),
                 "seed": client_seed(config.seed, PROFILE_STREAM, attempt, name),
+                "update_format": config.update_format,
             }
             arrays = _lacking(holdings, name, needed, versions)
             tasks.append(Task("profile", name, attempt, None, arrays, settings, versions, self._base))
@@ -84,7 +85,11 @@ class TaskMaker:
     def closed_form(self, stage: Stage, round_id: int, start_layer: int, holdings: Holdings) -> list[Task]:
         """One for each client that gives rows to the classifier's closed form in this round."""
         named = self._closed_form.settings(self._plan, round_id, self._model.classifier_shape)
-        return [self._task(name, stage, round_id, start_layer, holdings, settings) for name, settings in named.items()]
+        travels = {"update_format": self._config.update_format}
+        return [
+            self._task(name, stage, round_id, start_layer, holdings, {**settings, **travels})
+            for name, settings in named.items()
+        ]
 
     def _task(
         self,

@@ -80,7 +80,7 @@ def test_a_hostile_header_is_refused(header: bytes) -> None:
 
 
 def test_a_message_of_another_protocol_says_what_to_do() -> None:
-    with pytest.raises(CorruptFile, match="expected protocol 3, got 99; install the same"):
+    with pytest.raises(CorruptFile, match="expected protocol 4, got 99; install the same"):
         unpack(_changed(protocol=99), b"")
 
 

@@ -12,6 +12,7 @@ from chainfed_engine.errors import NonFiniteLoss
 from chainfed_engine.server import Server
 from chainfed_engine.stand_in import depths_at_once, rows_in_all
 from chainfed_engine.types import Arrays, Reply, Task
+from chainfed_engine.update_format import halved
 from tests.server.server_parts import HIDDEN, Site, make_server, play, same_bits
 
 SCORES = np.array([0.95, 0.9, 0.7, 0.5, 0.3, 0.2])
@@ -47,6 +48,20 @@ def test_the_chain_starts_at_the_first_layer_whose_mean_score_is_below_the_thres
     expected = np.average([reply.arrays["cka"] for reply in replies], axis=0, weights=weights)
     np.testing.assert_allclose(summary.scores, expected, rtol=1e-12)
     assert summary.bytes_up == sum(array.nbytes for reply in replies for array in reply.arrays.values())
+
+
+def test_rows_for_stand_ins_may_come_in_sixteen_bits_where_that_was_asked_for() -> None:
+    fitted = []
+    for travels in ("f32", "int8"):
+        server = _server(update_format=travels, start_layer=1, rounds=8)
+        tasks = server.next_tasks()
+        assert {task.settings["update_format"] for task in tasks} == {travels}
+        halves = [dataclasses.replace(reply, arrays=halved(reply.arrays)) for reply in _profile(server)]
+        summary = server.receive(halves)
+        assert summary.accepted == (travels == "int8")
+        fitted.append({key: array for key, array in server.state()[0].items() if key.startswith("stand_in.")})
+    assert not fitted[0]
+    np.testing.assert_allclose(fitted[1]["stand_in.3.weight"], 2 * np.eye(HIDDEN), atol=0.02)
 
 
 def test_a_fixed_start_layer_is_kept_and_profiled_only_for_the_stand_ins() -> None:

@@ -4,13 +4,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chainfed_engine import classifier_fit
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import ConfigError
 from chainfed_engine.server import Server
 from chainfed_engine.server.combine import update_format
 from chainfed_engine.server.holdings import Holdings
 from chainfed_engine.types import Reply, Task
-from chainfed_engine.update_format import encode, unpacked
+from chainfed_engine.update_format import encode, halved, unpacked, widened
 from tests.server.server_parts import Site, make_server, same_bits
 
 SAMPLES = {f"client-{index}": 20 for index in range(5)}
@@ -78,6 +79,69 @@ def test_what_goes_down_is_packed_once_and_the_server_keeps_its_own_exact() -> N
             assert (array != exact[key]).any() or not exact[key].any()
     evaluated = server.evaluation_task("judge").arrays
     assert all(evaluated[key].tobytes() == exact[key].tobytes() for key in exact)
+
+
+def test_statistics_travel_in_sixteen_bits_and_fit_what_they_fit_in_thirty_two() -> None:
+    generator = np.random.default_rng(0)
+    x, labels = generator.normal(size=(200, 24)).astype(np.float32), generator.integers(0, 4, 200)
+    x[:, 0] += labels
+    exact = classifier_fit.statistics(x, labels, 4)
+    sent = halved(exact)
+    (key,) = exact
+    assert sent[key].dtype == np.float16 and sent[key].nbytes * 2 == exact[key].nbytes
+    pair = [classifier_fit.solve(arrays[key], 4)["classifier.out_weight"] for arrays in (exact, widened(sent))]
+    np.testing.assert_allclose(*pair, atol=2e-3 * float(np.abs(pair[0]).max()))
+
+
+def test_a_number_that_sixteen_bits_cannot_hold_leaves_its_array_as_it_is() -> None:
+    statistics = {"large": np.full((2, 3), 1e5, np.float32), "cka": np.ones(2), "small": np.ones(2, np.float32)}
+    sent = halved(statistics)
+    assert {key: array.dtype.str for key, array in sent.items()} == {"large": "<f4", "cka": "<f8", "small": "<f2"}
+    assert {key: array.dtype.str for key, array in widened(sent).items()} == {
+        "large": "<f4",
+        "cka": "<f8",
+        "small": "<f4",
+    }
+
+
+def test_closed_form_rounds_ask_for_halves_and_count_them_like_the_rows_they_stand_for() -> None:
+    counted = []
+    for travels in ("f32", "int8"):
+        server, site = make_server(probe_rounds=1, refit_rounds=0, rounds=3, update_format=travels), Site(SAMPLES)
+        tasks = server.next_tasks()
+        assert {task.settings["update_format"] for task in tasks} == {travels}
+        site = Site(server.client_samples)
+        replies = [site.answer(task) for task in tasks]
+        if travels == "int8":
+            replies = [dataclasses.replace(reply, arrays=halved(reply.arrays)) for reply in replies]
+        summary = server.receive([*replies, replies[0]])  # one of them twice
+        assert len(summary.clients) == len(tasks) and not summary.rejected
+        counted.append((server.parameters(), summary.bytes_up))
+    (exact, f32_bytes), (near, half_bytes) = counted
+    assert half_bytes * 2 == f32_bytes
+    assert not same_bits(exact, near)
+    for key in ("classifier.out_weight", "classifier.out_bias"):
+        np.testing.assert_allclose(near[key], exact[key], atol=5e-3 * float(np.abs(exact[key]).max()))
+
+
+def test_halves_are_refused_where_nobody_asked_for_them() -> None:
+    server = make_server(probe_rounds=1, refit_rounds=0, rounds=3)
+    site = Site(server.client_samples)
+    replies = [site.answer(task) for task in server.next_tasks()]
+    halves = [dataclasses.replace(reply, arrays=halved(reply.arrays)) for reply in replies]
+    summary = server.receive([halves[0], *replies[1:]])
+    assert list(summary.rejected) == [replies[0].client] and "float16" in summary.rejected[replies[0].client]
+
+
+def test_the_classifier_goes_down_in_eight_bits_too_and_not_with_a_profile() -> None:
+    server = make_server(
+        num_layers=6, start_layer=None, stand_in=True, probe_rounds=1, refit_rounds=0, update_format="int8"
+    )
+    profile = server.next_tasks()[0]
+    assert profile.kind == "profile" and not any(key.startswith("classifier.") for key in profile.versions)
+    probing = make_server(probe_rounds=1, refit_rounds=0, rounds=3, update_format="int8").next_tasks()[0]
+    sent = {key for key in probing.arrays if key.startswith("classifier.")}
+    assert sent == {f"classifier.{name}{end}" for name in ("out_weight", "out_bias") for end in (".int8", ".scale")}
 
 
 def test_a_version_that_comes_again_is_sent_again() -> None:
