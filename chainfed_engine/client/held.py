@@ -90,13 +90,13 @@ class HeldParameters:
 
     def _drop_old(self, folder: Path) -> None:
         wanted = {f"{version}.{_file_part(key)}" for key, version in self._versions.items()}
-        for path in folder.iterdir():
+        for path in _files(folder):
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
 
     def _load(self, folder: Path) -> None:
         """Every whole file; the newest of a key's versions, if a crash left two."""
-        paths = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns) if folder.is_dir() else []
+        paths = sorted(_files(folder), key=lambda path: path.stat().st_mtime_ns)
         for path in paths[-_MAX_KEPT:]:
             version, _, part = path.name.partition(".")
             array = _read(path) if _VERSION.fullmatch(version) else None
@@ -105,6 +105,11 @@ class HeldParameters:
                 path.unlink(missing_ok=True)
                 continue
             self._arrays[key], self._versions[key] = array, version
+
+
+def _files(folder: Path) -> list[Path]:
+    """None before the first task that brings something."""
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _read(path: Path) -> np.ndarray | None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from chainfed_engine.client import Client
+from chainfed_engine.client.held import HeldParameters
 from chainfed_engine.data import EncodedData
 from chainfed_engine.errors import ChainfedError, DataError, MemoryBudgetExceeded
 from chainfed_engine.types import Arrays, Batch, Scalar, Stage, Task, Window
@@ -265,3 +266,9 @@ def test_statistics_of_the_classifier_take_the_samples_asked_for_and_none_twice(
     assert len(set(seen)) == len(seen) == client.num_samples
     beyond = client.handle(_task(settings={"closed_form": True, "first_row": 10**6, "num_rows": 3}))
     assert beyond.error is not None and "1000000" in beyond.error
+
+
+def test_a_task_that_brings_nothing_is_done_by_a_client_that_has_no_folder_yet(tmp_path: Path) -> None:
+    held = HeldParameters(tmp_path / "held")
+    assert held.take(Task("profile", "a", 0, None, {}, {}, {}, "")) == {}
+    assert held.versions == {} and not (tmp_path / "held").exists()
