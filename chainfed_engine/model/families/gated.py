@@ -1,7 +1,8 @@
 """The decoders' feed-forward part, down(silu(gate(x)) * up(x)), with a product that keeps its two factors alone.
 
 The library's keeps silu(gate) as well, a fifth of all that a layer holds for the backward pass. It is one cheap
-elementwise function of what is kept, so backward computes it again. Results are the library's, bit for bit.
+elementwise function of what is kept, so backward computes it again. Where no gradient passes (below a window's first
+adapter, in the prefix) the product takes the gate's place. Results are the library's, bit for bit.
 B sequences, T positions, D hidden, I intermediate.
 """
 
@@ -22,7 +23,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():
+        if gate.requires_grad or up.requires_grad:
             product = _GatedProduct.apply(gate, up)  # type: ignore[no-untyped-call]
         else:
             product = functional.silu(gate, inplace=True).mul_(up)
