@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from chainfed_engine.adapters import Adapter
-from chainfed_engine.model.families.base import LayerContext, RowContext
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.types import Window
 
 
 class TrainedWindow(nn.Module):
-    """`forward(boundary [B, T, D], context) -> hidden [B, T, D]` through layers `window.layers` and their adapters;
-    where much of the batch is padding, that is left out and comes out as zeros."""
+    """`forward(boundary [B, T, D], context) -> hidden [B, T, D]` through layers `window.layers` and their adapters."""
 
     def __init__(
         self, model: FrozenModel, window: Window, adapters: Mapping[int, Adapter], *, recompute: bool = False
@@ -39,13 +37,7 @@ class TrainedWindow(nn.Module):
             pin.release()
         self._pins = []
 
-    def forward(self, hidden: Tensor, context: LayerContext) -> Tensor:
-        packing = context.packing
-        if packing is None:
-            return self._through(hidden, context)
-        return packing.unpack(self._through(packing.pack(hidden), context.for_rows()))
-
-    def _through(self, hidden: Tensor, context: LayerContext | RowContext) -> Tensor:
+    def forward(self, hidden: Tensor, context: Any) -> Tensor:
         for layer, adapter in zip(self.layers, self.adapters, strict=True):
             if self.recompute:
                 hidden = _Recomputed.apply(layer, adapter, context, hidden, *adapter.parameters())  # type: ignore[no-untyped-call]

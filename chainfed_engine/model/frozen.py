@@ -9,7 +9,6 @@ B sequences, T positions padded on the right, D hidden, V vocabulary.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -19,17 +18,9 @@ from chainfed_engine import native
 from chainfed_engine.errors import CorruptFile, InvalidArgument
 from chainfed_engine.model.classifier import Classifier
 from chainfed_engine.model.families import chosen_pooling, family
-from chainfed_engine.model.families.base import (
-    Config,
-    Family,
-    LayerContext,
-    Pooling,
-    RowContext,
-    checked_mask,
-)
+from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, checked_mask
 from chainfed_engine.model.layout import is_quantised
 from chainfed_engine.model.linear import Activation, Binding, Compute, FrozenLinear, LowRank
-from chainfed_engine.model.packing import Packing
 from chainfed_engine.model.store import LayerStore, Shard, decoded, like
 from chainfed_engine.types import Batch, ModelShape
 
@@ -73,11 +64,8 @@ class FrozenLayer(nn.Module):
             for name, value in small.items():
                 value.copy_(like(decoded(lease, name), value, f"{where}: {name}"))
 
-    def forward(
-        self, hidden: Tensor, context: LayerContext | RowContext, adapter: LayerAdapter | None = None
-    ) -> Tensor:
-        """Float32 [B, T, D], or packed rows [1, N, D], to the same, through the layer and, where there is one, its
-        adapter."""
+    def forward(self, hidden: Tensor, context: LayerContext, adapter: LayerAdapter | None = None) -> Tensor:
+        """Float32 [B, T, D] to the same, through the layer and, where there is one, its adapter."""
         arguments = {} if context.rotary is None else {"position_embeddings": context.rotary}
         # The lease keeps the layer in its slot from the first linear to the last.
         with self.store.weights(self.file), self._with_inside(adapter):
@@ -185,8 +173,7 @@ class FrozenModel:
 
     def context(self, batch: Batch) -> LayerContext:
         """What all layers share in a pass over the batch; reads `attention_mask` alone."""
-        tokens = checked_mask(batch, self.shape.max_positions)
-        context = replace(self.family.context(self.config, tokens), packing=Packing.of(tokens))
+        context = self.family.context(self.config, checked_mask(batch, self.shape.max_positions))
         return context if self.device.type == "cpu" else context.to(self.device)
 
     def layer(self, index: int) -> FrozenLayer:

@@ -15,7 +15,6 @@ from chainfed_engine.config import ChainConfig
 from chainfed_engine.memory import parts
 from chainfed_engine.memory.parts import Choices, Request, StoreSizes, branches, fill_bytes, live_floats, step_bytes
 from chainfed_engine.model.frozen import FrozenModel
-from chainfed_engine.model.packing import MOST_TOKENS
 from chainfed_engine.model.store import LayerStore
 from chainfed_engine.model.synth import synth
 from chainfed_engine.step import StageTrainer
@@ -69,26 +68,22 @@ def trained_everywhere(trainer: StageTrainer, window: Window) -> Arrays:
     return arrays
 
 
-CASES: list[tuple[dict[str, Any], bool]] = [
-    ({"window": 1}, False),
-    ({"window": 1, "pooling": "mean"}, False),  # decoders too: a classifier holds less than an LM's head
-    ({"window": 2}, False),
-    ({"window": 2}, True),
-    ({"window": 2, "adapter": "lora"}, False),
-    ({"method": "full-adapters"}, False),
-    ({"method": "lora", "adapter": "lora"}, True),
-]
-
-
-def counted_and_measured(
-    model_type: str,
-    options: dict[str, Any],
-    recompute: bool,
-    lengths: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> tuple[float, float]:
-    """Floats of a step, as the planner counts a batch of the longest samples, and with samples of these lengths."""
+@pytest.mark.parametrize("model_type", list(SHAPES))
+@pytest.mark.parametrize(
+    ("options", "recompute"),
+    [
+        ({"window": 1}, False),
+        ({"window": 1, "pooling": "mean"}, False),  # decoders too: a classifier holds less than an LM's head
+        ({"window": 2}, False),
+        ({"window": 2}, True),
+        ({"window": 2, "adapter": "lora"}, False),
+        ({"method": "full-adapters"}, False),
+        ({"method": "lora", "adapter": "lora"}, True),
+    ],
+)
+def test_a_step_holds_what_is_counted(
+    model_type: str, options: dict[str, Any], recompute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = open_model(tmp_path, model_type, **SHAPES[model_type])
     causal = model.head is not None and "pooling" not in options
     config = ChainConfig(batch_size=SEQUENCES, sequence_length=TOKENS, start_layer=1, adapter_size=16, **options)
@@ -96,7 +91,7 @@ def counted_and_measured(
     trainer = StageTrainer(model, config, task=request.task, num_labels=0 if causal else 2, recompute=recompute)
     start = 0 if request.window_layers == LAYERS else 1
     window = Window(start, start + request.window_layers)
-    batch = batch_of(lengths, causal=causal)
+    batch = batch_of([TOKENS] * SEQUENCES, causal=causal)
     trainer.begin(
         Stage("window", window, 0),
         trained_everywhere(trainer, window),
@@ -114,31 +109,9 @@ def counted_and_measured(
         assert workspace <= parts.HEAD_WORKSPACE_BYTES
         monkeypatch.setattr(parts, "HEAD_WORKSPACE_BYTES", workspace)
     counted = step_bytes(request, Choices(2, None, SEQUENCES, recompute, "f32", 4 << 20)) / 4
+    assert 0.98 <= counted / measured <= (1.12 if options.get("window") == 1 else 1.03)
     trainer.end()
     model.store.close()
-    return counted, measured
-
-
-@pytest.mark.parametrize("model_type", list(SHAPES))
-@pytest.mark.parametrize(("options", "recompute"), CASES)
-def test_a_step_holds_what_is_counted(
-    model_type: str, options: dict[str, Any], recompute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = [TOKENS] * SEQUENCES
-    counted, measured = counted_and_measured(model_type, options, recompute, lengths, tmp_path, monkeypatch)
-    assert 0.98 <= counted / measured <= (1.12 if options.get("window") == 1 else 1.03)
-
-
-@pytest.mark.parametrize("model_type", list(SHAPES))
-@pytest.mark.parametrize(("options", "recompute"), CASES)
-def test_a_step_without_its_padding_holds_no_more_than_is_counted(
-    model_type: str, options: dict[str, Any], recompute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With as many tokens as a packed batch may have: attention sees them padded beside the rows."""
-    others = int(MOST_TOKENS * SEQUENCES * TOKENS - TOKENS) // (SEQUENCES - 1)
-    lengths = [TOKENS, *[others] * (SEQUENCES - 1)]
-    counted, measured = counted_and_measured(model_type, options, recompute, lengths, tmp_path, monkeypatch)
-    assert counted / measured >= 0.99
 
 
 def test_adapters_above_a_window_are_counted_for_every_token_that_is_averaged(tmp_path: Path) -> None:

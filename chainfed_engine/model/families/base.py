@@ -15,45 +15,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chainfed_engine.errors import InvalidArgument, UnsupportedModel
-from chainfed_engine.model.packing import PackedMask, Packing
 from chainfed_engine.types import Batch
 
 Pooling = Literal["mean", "first", "last"]
-ATTENTION = "chainfed"  # the library's name for attention.py
 Config = Any  # transformers' PreTrainedConfig of the family
 
 
 @dataclass(frozen=True)
 class LayerContext:
     """`masks`: by kind of attention, bool, True = may attend, [B,1,1,T] or [1,1,T,T], or None: the attention's own rule
-    (all positions, or causal) is the whole mask. `rotary`: cos and sin [1,T,head_dim] for decoders, else None.
-    `packing`: how to leave the padding out, None where there is little."""
+    (all positions, or causal) is the whole mask. `rotary`: cos and sin [1,T,head_dim] for decoders, else None."""
 
     masks: Mapping[str, Tensor | None]
     rotary: tuple[Tensor, Tensor] | None
-    packing: Packing | None = None
 
     def to(self, device: torch.device) -> "LayerContext":
         masks = {kind: None if mask is None else mask.to(device) for kind, mask in self.masks.items()}
         rotary = None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device))
-        return LayerContext(masks, rotary, None if self.packing is None else self.packing.to(device))
-
-    def for_rows(self) -> "RowContext":
-        """The same for the packed rows."""
-        assert self.packing is not None
-        rotary = self.rotary
-        if rotary is not None:
-            positions = self.packing.positions
-            rotary = (rotary[0].index_select(1, positions), rotary[1].index_select(1, positions))
-        return RowContext({kind: PackedMask(self.packing, mask) for kind, mask in self.masks.items()}, rotary)
-
-
-@dataclass(frozen=True)
-class RowContext:
-    """A `LayerContext` for the rows [1,N,D] of a packed batch; `rotary`: [1,N,head_dim]."""
-
-    masks: Mapping[str, PackedMask]
-    rotary: tuple[Tensor, Tensor] | None
+        return LayerContext(masks, rotary)
 
 
 class Family(ABC):
@@ -81,7 +60,7 @@ class Family(ABC):
             config = self.config_class(**{key: value for key, value in values.items() if key != "model_type"})
         except Exception as error:  # the library's validators raise many kinds, some straight from Exception
             raise UnsupportedModel(f"config: transformers refuses it: {' '.join(str(error).split())[:300]}") from error
-        config._attn_implementation = ATTENTION
+        config._attn_implementation = "sdpa"
         config.chunk_size_feed_forward = 0  # a way to save memory that demands lengths divisible by it
         return config
 

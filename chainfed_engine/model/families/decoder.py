@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from chainfed_engine.errors import UnsupportedModel
-from chainfed_engine.model.families import attention  # noqa: F401 (registers itself)
 from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, without_weights
 from chainfed_engine.model.families.gated import GatedMlp
 from chainfed_engine.types import Batch

@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from chainfed_engine.model.families import attention  # noqa: F401 (registers itself)
 from chainfed_engine.model.families.base import Config, Family, LayerContext, Pooling, without_weights
 from chainfed_engine.types import Batch
 
