@@ -81,12 +81,10 @@ def halved(statistics: Mapping[str, np.ndarray]) -> Arrays:
     return {key: _half(array) if array.dtype == np.float32 else array for key, array in statistics.items()}
 
 
-def widened(sent: object, before: Mapping[str, np.ndarray] | None = None) -> Arrays:
-    """The float32 arrays that stand behind `halved` ones; all else as it is, for the reader to refuse."""
-    if not isinstance(sent, Mapping):
-        return sent  # type: ignore[return-value]
-    is_half = {key: isinstance(array, np.ndarray) and array.dtype == np.float16 for key, array in sent.items()}
-    return {key: array.astype(np.float32) if is_half[key] else array for key, array in sent.items()}
+def dtype_of_statistics(array: object, *, halves: bool) -> "np.dtype[np.floating]":
+    """What an array of statistics must be: float16 where that may come (`halves`) and does, else float32."""
+    came = isinstance(array, np.ndarray) and array.dtype == np.float16
+    return np.dtype(np.float16 if halves and came else np.float32)
 
 
 def _half(array: np.ndarray) -> np.ndarray:

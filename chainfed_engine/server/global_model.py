@@ -16,6 +16,7 @@ from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
 from chainfed_engine.server.statistics import refuse_one_hot, refuse_rows, refuse_sizes, row_size
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
+from chainfed_engine.update_format import dtype_of_statistics
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
 OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
@@ -143,16 +144,18 @@ class GlobalModel:
         if not self._refits:
             self._factor = {}
 
-    def refuse_factor(self, arrays: object, *, at_most: float = np.inf) -> str | None:
-        """Why these are not the statistics of a closed-form classifier over `at_most` rows, or None."""
+    def refuse_factor(self, arrays: object, *, at_most: float = np.inf, halves: bool = False) -> str | None:
+        """Why these are not the statistics of a closed-form classifier over `at_most` rows, or None. `halves`: whether
+        they may come as float16."""
         if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
             return f"classifier statistics: expected {FACTOR_KEY} alone"
         num_labels, hidden_size = self.array(OUT_WEIGHT).shape
         width = hidden_size + 1 + num_labels
         factor = arrays[FACTOR_KEY]
         num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
+        dtype = dtype_of_statistics(factor, halves=halves)
         return (
-            refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+            refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=dtype)
             or refuse_rows(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size, at_most=at_most)
             or refuse_one_hot(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size)
         )
@@ -168,7 +171,10 @@ class GlobalModel:
     def fit_classifier(self, statistics: list[Arrays], *, weight: float = 1.0) -> None:
         """The classifier that all rows given so far ask for, these included, in this order. `weight`: how often these
         count against those of other features; all together count as if it were 1."""
-        known, parts = list(self._factor.values()), [part[FACTOR_KEY] for part in statistics]
+        known, parts = (
+            list(self._factor.values()),
+            [part[FACTOR_KEY].astype(np.float32, copy=False) for part in statistics],
+        )
         factor = classifier_fit.merge([*known, *parts], [1.0] * len(known) + [weight] * len(parts))
         has_bias = OUT_BIAS in self._trained.classifier_keys()
         counted = classifier_fit.weighted(factor, 1 / weight)

@@ -8,7 +8,6 @@ Source: ChainFed, section on Function-Oriented Adaptive Tuning, for the scores.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from chainfed_engine.server.quarantine import MIN_COHORT
 from chainfed_engine.server.statistics import refuse_rows, refuse_size, row_size
 from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
-from chainfed_engine.update_format import widened
+from chainfed_engine.update_format import dtype_of_statistics
 
 SCORES_KEY = "cka"  # float64 [num_layers]
 
@@ -63,8 +62,6 @@ class ProfileCollector:
         client = reply.client
         if client in self._waiting or client not in self._order:
             return "more than one reply; the first one counts"
-        if self._halves:
-            reply = replace(reply, arrays=widened(reply.arrays))
         reason = self._refuse(reply)
         self._waiting[client] = None if reason else reply
         while self._order and self._order[0] in self._waiting:
@@ -115,7 +112,8 @@ class ProfileCollector:
         for key in self._factor_keys:
             factor = reply.arrays[key]
             num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
-            reason = refuse_array(key, factor, shape=(min(max(num_rows, 1), width), width), dtype=np.float32)
+            dtype = dtype_of_statistics(factor, halves=self._halves)
+            reason = refuse_array(key, factor, shape=(min(max(num_rows, 1), width), width), dtype=dtype)
             reason = reason or refuse_rows(key, factor, self._shape.hidden_size, at_most=at_most)
             if reason is not None:
                 return reason
@@ -152,4 +150,5 @@ class ProfileCollector:
             self._weighted_scores += weight * reply.arrays[SCORES_KEY]
         for key in self._factor_keys:  # one depth at a time: never two full sets of statistics beside the reply
             parts = [{key: self._factors[key]}] if key in self._factors else []
-            self._factors[key] = stand_in.merge([*parts, {key: reply.arrays[key]}])[key]
+            rows = reply.arrays[key].astype(np.float32, copy=False)
+            self._factors[key] = stand_in.merge([*parts, {key: rows}])[key]

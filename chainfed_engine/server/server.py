@@ -31,7 +31,7 @@ from chainfed_engine.server.summary import Summary, num_bytes
 from chainfed_engine.server.tasks import TaskMaker
 from chainfed_engine.server.updates import UpdateCollector
 from chainfed_engine.types import Arrays, ModelShape, Reply, Stage, Task, TaskKind
-from chainfed_engine.update_format import decode, widened
+from chainfed_engine.update_format import decode
 
 MAX_CLAIMS = 1 << 16  # parameters that a client may say to hold
 
@@ -259,7 +259,7 @@ class Server:
             samples=self.client_samples,
             last_size=self._run.typical_size,
             max_weight=self._max_weight,
-            decode=None if self.config.update_format == "f32" else widened if closed_form else decode,
+            decode=decode if self.config.update_format == "int8" and not closed_form else None,
         )
 
     def _finish_profile(

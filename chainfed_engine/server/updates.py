@@ -138,10 +138,9 @@ class UpdateCollector:
 
     def _decoded(self, reply: Reply) -> tuple[Reply, str | None]:
         """The reply with its arrays in float32, and the reason if they cannot be read."""
-        if self._decode is None:
+        if self._decode is None or self._before is None:
             return reply, None
-        before = {} if self._before is None else self._before(self._tasks[reply.client])
-        arrays = self._decode(reply.arrays, before)
+        arrays = self._decode(reply.arrays, self._before(self._tasks[reply.client]))
         return (reply, arrays) if isinstance(arrays, str) else (replace(reply, arrays=arrays), None)
 
     def _add_again(self, reply: Reply) -> str | None:

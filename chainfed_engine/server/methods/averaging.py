@@ -52,7 +52,8 @@ class Averaging:
 
     def refuse_statistics(self, task: Task, arrays: Arrays) -> str | None:
         """The same where the task asks for statistics of the classifier."""
-        return self.model.refuse_factor(arrays, at_most=float(task.settings["num_rows"]))
+        halves = self.config.update_format == "int8"
+        return self.model.refuse_factor(arrays, at_most=float(task.settings["num_rows"]), halves=halves)
 
     def before(self, task: Task) -> Mapping[str, np.ndarray]:
         """What an update that answers `task` is measured from, to tell how large it is: here the global values."""
