@@ -120,8 +120,8 @@ class ChainConfig:
     weight_limit: float = _in("federation", 10.0, high=1e9)
     # replies to rounds that are over: dropped, or counted in a later one of the same window at 1 / (1 + rounds late)
     late_replies: Literal["drop", "discount"] = _in("federation", "drop")
-    # what parameters travel as: float32, or values down and changes up in eight bits, 0.27 of the bytes, and statistics
-    # in sixteen; "auto": that where clients send trained values and late replies are dropped
+    # what travels: float32, or adapters and classifier in eight bits (values down, changes up; 0.27 of the bytes) and
+    # statistics in sixteen; "auto": that where clients send trained values and late replies are dropped
     update_format: Literal["auto", "f32", "int8"] = _in("federation", "auto")
     # differential privacy: noise as a multiple of the clip (0: none), L2 bound of a client's change, delta of epsilon
     dp_noise: float = _in("federation", 0.0, high=1e6)

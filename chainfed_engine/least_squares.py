@@ -73,18 +73,23 @@ def _emptied(kept: list[Matrix], more: Iterator[Matrix]) -> Iterator[Matrix]:
 
 def merge(factors: Sequence[Matrix], scales: Sequence[float] | None = None) -> Matrix:
     """One factor of the rows of all, those of `factors[i]` times `scales[i]` (None: as they are); of equal width, in
-    the order given (which fixes the bits)."""
+    the order given (which fixes the bits). float16 is widened a piece at a time: never all of them twice."""
     scales = [1.0] * len(factors) if scales is None else scales
     if len(factors) == 1:
         return _scaled(factors[0], scales[0])
     width = factors[0].shape[1]
-    if sum(map(len, factors)) <= width:
-        return np.concatenate([_scaled(*pair) for pair in zip(factors, scales, strict=True)], axis=0)
     pairs = zip(factors, scales, strict=True)
-    return _reduced((_scaled(part, scale) for one, scale in pairs for part in _pieces(one, width)), width)
+    if sum(map(len, factors)) > width:
+        return _reduced((_scaled(part, scale) for one, scale in pairs for part in _pieces(one, width)), width)
+    merged, filled = np.empty((sum(map(len, factors)), width), np.result_type(np.float32, *factors)), 0
+    for one, scale in pairs:
+        merged[filled : filled + len(one)] = _scaled(one, scale)
+        filled += len(one)
+    return merged
 
 
 def _scaled(rows: Matrix, scale: float) -> Matrix:
+    rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
     return rows if scale == 1.0 else rows * rows.dtype.type(scale)
 
 

@@ -1,11 +1,12 @@
-"""What travels, in fewer bits: parameters in eight, 0.27 of their bytes, both ways; statistics in sixteen.
+"""What travels, in fewer bits: adapters and classifier in eight, 0.27 of their bytes, both ways; statistics in sixteen.
 
 In: float32 arrays; out: `<key>.int8` of the same shape and `<key>.scale`, codes in groups of 64 with one scale each,
 and back. Down go values, rounded to the nearest: the server keeps its own exact, so errors do not add up. Up goes what
 changed, rounded at random without bias and seeded by the task, so that it needs no memory of earlier rounds: a client
 that is killed and asked again answers the same bits, and errors average out over clients and rounds. Rows of statistics
-go up as float16: what that takes from them lies far below the ridge of the fit. NumPy only. Source: Alistarh et al.,
-2017, "QSGD", NeurIPS, arXiv 1610.02132.
+go up as float16, within 2^-11 of each number: less than rows of a client vary unless a column's mean is hundreds of
+times its spread (docs/LOG.md, 2026-12-01). NumPy only.
+Source: Alistarh et al., 2017, "QSGD", NeurIPS, arXiv 1610.02132.
 """
 
 import hashlib
@@ -77,7 +78,7 @@ def decode(encoded: object, before: Mapping[str, np.ndarray]) -> Arrays | str:
 
 
 def halved(statistics: Mapping[str, np.ndarray]) -> Arrays:
-    """Statistics as they go up: float32 as float16, but for arrays with a number that float16 cannot hold."""
+    """Statistics as they go up: float32 as float16, but for arrays with a number too large for it."""
     return {key: _half(array) if array.dtype == np.float32 else array for key, array in statistics.items()}
 
 

@@ -1,6 +1,9 @@
 """The closed-form classifier: what clients send adds up to the solution of all rows in one place."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 
 from chainfed_engine import classifier_fit, least_squares
 
@@ -79,3 +82,20 @@ def test_rows_of_all_clients_together_stay_within_64_mib() -> None:
     for hidden_size, num_clients in ((384, 80), (4096, 80), (4096, 10**6)):
         rows = classifier_fit.max_rows(hidden_size, 2, num_clients)
         assert rows == 1 or rows * num_clients * (hidden_size + 3) * 4 <= 64 << 20
+
+
+@pytest.mark.parametrize("rows", [10, 40])  # of a client: fewer than columns in all, so joined, or more, so reduced
+def test_rows_in_sixteen_bits_are_merged_as_their_values_and_never_held_twice(rows: int) -> None:
+    width = 400
+    halves = [np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float16) for seed in range(20)]
+    widened = [half.astype(np.float32) for half in halves]
+    scales = [1.0, 0.5] * 10
+    peaks = []
+    for factors in (halves, widened):
+        tracemalloc.start()
+        merged = least_squares.merge(factors, scales)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(merged, least_squares.merge(widened, scales))
+    one_more = max(half.size for half in widened) * 4
+    assert peaks[0] < peaks[1] + 2 * one_more

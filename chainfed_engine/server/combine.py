@@ -16,7 +16,7 @@ from chainfed_engine.types import Arrays, Reply, Stage
 
 
 def update_format(config: ChainConfig) -> Literal["f32", "int8"]:
-    """What adapters travel as; "auto": eight bits wherever the rules that were chosen allow it."""
+    """What trained parameters travel as; "auto": eight bits wherever the rules that were chosen allow it."""
     if config.update_format != "auto":
         return config.update_format
     allowed = method_class(config.method).averages_values and config.late_replies == "drop"

@@ -12,11 +12,9 @@ import numpy as np
 from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.classifier_fit import FACTOR_KEY
 from chainfed_engine.errors import CorruptFile, InvalidArgument
-from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.parameters import Parameters
-from chainfed_engine.server.statistics import refuse_one_hot, refuse_rows, refuse_sizes, row_size
+from chainfed_engine.server.statistics import refuse_factor, refuse_one_hot, refuse_sizes, row_size
 from chainfed_engine.types import Arrays, Stage, TaskKind, Window, classifier_key, stand_in_key
-from chainfed_engine.update_format import dtype_of_statistics
 
 METHOD_PREFIX = "method."  # arrays that a method keeps for itself: saved, but no part of the model
 OUT_WEIGHT, OUT_BIAS = classifier_key("out_weight"), classifier_key("out_bias")
@@ -150,15 +148,10 @@ class GlobalModel:
         if not isinstance(arrays, Mapping) or arrays.keys() != {FACTOR_KEY}:
             return f"classifier statistics: expected {FACTOR_KEY} alone"
         num_labels, hidden_size = self.array(OUT_WEIGHT).shape
-        width = hidden_size + 1 + num_labels
         factor = arrays[FACTOR_KEY]
-        num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
-        dtype = dtype_of_statistics(factor, halves=halves)
-        return (
-            refuse_array(FACTOR_KEY, factor, shape=(min(max(num_rows, 1), width), width), dtype=dtype)
-            or refuse_rows(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size, at_most=at_most)
-            or refuse_one_hot(FACTOR_KEY, arrays[FACTOR_KEY], hidden_size)
-        )
+        return refuse_factor(
+            FACTOR_KEY, factor, hidden_size, width=hidden_size + 1 + num_labels, at_most=at_most, halves=halves
+        ) or refuse_one_hot(FACTOR_KEY, factor, hidden_size)
 
     def refuse_sizes(self, factors: Mapping[str, Arrays], *, limit: float) -> dict[str, str]:
         """Client -> reason for statistics whose features are out of line with the cohort's, or with those that count
@@ -171,10 +164,7 @@ class GlobalModel:
     def fit_classifier(self, statistics: list[Arrays], *, weight: float = 1.0) -> None:
         """The classifier that all rows given so far ask for, these included, in this order. `weight`: how often these
         count against those of other features; all together count as if it were 1."""
-        known, parts = (
-            list(self._factor.values()),
-            [part[FACTOR_KEY].astype(np.float32, copy=False) for part in statistics],
-        )
+        known, parts = list(self._factor.values()), [part[FACTOR_KEY] for part in statistics]
         factor = classifier_fit.merge([*known, *parts], [1.0] * len(known) + [weight] * len(parts))
         has_bias = OUT_BIAS in self._trained.classifier_keys()
         counted = classifier_fit.weighted(factor, 1 / weight)

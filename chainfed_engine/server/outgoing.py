@@ -1,6 +1,6 @@
 """The parameters as they go down to clients: themselves, or in eight bits. In: arrays and their versions; out: those of
 what is sent, each packed once however many clients ask for it. Maps from hidden state to hidden state go as they are:
-few runs need them, and those let go of one before the next comes."""
+the packed form of a large one would be held beside it, and what rounding does to gradients through one is not known."""
 
 from collections.abc import Mapping
 

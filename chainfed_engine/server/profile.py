@@ -14,10 +14,9 @@ import numpy as np
 from chainfed_engine import stand_in
 from chainfed_engine.server.checks import refuse_array, refuse_envelope
 from chainfed_engine.server.quarantine import MIN_COHORT
-from chainfed_engine.server.statistics import refuse_rows, refuse_size, row_size
+from chainfed_engine.server.statistics import refuse_factor, refuse_size, row_size
 from chainfed_engine.start_layer import choose_start_layer
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, stand_in_key
-from chainfed_engine.update_format import dtype_of_statistics
 
 SCORES_KEY = "cka"  # float64 [num_layers]
 
@@ -110,11 +109,8 @@ class ProfileCollector:
         at_most = float(self._tasks[reply.client].settings["max_rows"])
         width = 2 * self._shape.hidden_size + 1
         for key in self._factor_keys:
-            factor = reply.arrays[key]
-            num_rows = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
-            dtype = dtype_of_statistics(factor, halves=self._halves)
-            reason = refuse_array(key, factor, shape=(min(max(num_rows, 1), width), width), dtype=dtype)
-            reason = reason or refuse_rows(key, factor, self._shape.hidden_size, at_most=at_most)
+            ones = self._shape.hidden_size
+            reason = refuse_factor(key, reply.arrays[key], ones, width=width, at_most=at_most, halves=self._halves)
             if reason is not None:
                 return reason
         return None
@@ -150,5 +146,4 @@ class ProfileCollector:
             self._weighted_scores += weight * reply.arrays[SCORES_KEY]
         for key in self._factor_keys:  # one depth at a time: never two full sets of statistics beside the reply
             parts = [{key: self._factors[key]}] if key in self._factors else []
-            rows = reply.arrays[key].astype(np.float32, copy=False)
-            self._factors[key] = stand_in.merge([*parts, {key: rows}])[key]
+            self._factors[key] = stand_in.merge([*parts, {key: reply.arrays[key]}])[key]

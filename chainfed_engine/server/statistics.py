@@ -9,15 +9,29 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.quarantine import MIN_COHORT
+from chainfed_engine.update_format import dtype_of_statistics
 
-_TOLERANCE = 1e-2  # of sums in float32 over up to a million rows; a liar gains nothing by it
+_TOLERANCE = 1e-2  # of sums over up to a million rows in float32 or float16; a liar gains nothing by it
 
 
 def num_rows(factor: np.ndarray, ones: int) -> float:
     """Rows behind a factor, by its column of ones."""
     column = factor[:, ones].astype(np.float64)
     return float(column @ column)
+
+
+def refuse_factor(key: str, factor: object, ones: int, *, width: int, at_most: float, halves: bool) -> str | None:
+    """A factor [1 to `width`, `width`] in float32, or float16 where that may come (`halves`), every value finite, of as
+    many rows as were asked for at most."""
+    height = len(factor) if isinstance(factor, np.ndarray) and factor.ndim == 2 else 0
+    dtype = dtype_of_statistics(factor, halves=halves)
+    reason = refuse_array(key, factor, shape=(min(max(height, 1), width), width), dtype=dtype)
+    if reason is not None:
+        return reason
+    assert isinstance(factor, np.ndarray)
+    return refuse_rows(key, factor, ones, at_most=at_most)
 
 
 def refuse_rows(key: str, factor: np.ndarray, ones: int, *, at_most: float) -> str | None:

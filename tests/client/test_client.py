@@ -73,6 +73,7 @@ class RecordingTrainer:
             "cka": np.full(4, float(with_scores)),
             "depths": np.array(sorted(depths)),
             "max_rows": np.array(max_rows),
+            "stand_in.1.factor": np.ones((1, 9), np.float32),
         }
 
     def classifier_statistics(self, batches: Iterable[Batch], arrays: Arrays) -> tuple[Arrays, float]:
@@ -232,6 +233,16 @@ def test_profiling_uses_the_batches_and_depths_asked_for() -> None:
     assert reply.kind == "profile" and len(trainer.batches) == 2
     assert reply.arrays["depths"].tolist() == [1, 2] and reply.arrays["max_rows"] == 9
     assert not reply.arrays["cka"].any()
+
+
+@pytest.mark.parametrize(("travels", "dtype"), [("f32", np.float32), ("int8", np.float16)])
+def test_statistics_go_up_in_sixteen_bits_where_that_was_asked_for(travels: str, dtype: type) -> None:
+    client = _client(RecordingTrainer())
+    closed_form = {"closed_form": True, "first_row": 0, "num_rows": 3, "update_format": travels}
+    assert client.handle(_task(settings=closed_form)).arrays["classifier.factor"].dtype == dtype
+    asked = {"num_batches": 2, "depth_start": 1, "depth_stop": 3, "max_rows": 9, "with_scores": 1}
+    profile = client.handle(_task("profile", stage=None, settings={**asked, "update_format": travels})).arrays
+    assert profile["stand_in.1.factor"].dtype == dtype and profile["cka"].dtype == np.float64
 
 
 def test_evaluation_sees_every_sample_once() -> None:

@@ -79,7 +79,6 @@ def forked(do: Callable[[], object]) -> int:
             code = 0
         except BaseException:
             traceback.print_exc()
-            raise
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -59,6 +59,7 @@ def test_rows_for_stand_ins_may_come_in_sixteen_bits_where_that_was_asked_for() 
         halves = [dataclasses.replace(reply, arrays=halved(reply.arrays)) for reply in _profile(server)]
         summary = server.receive(halves)
         assert summary.accepted == (travels == "int8")
+        assert travels == "int8" or all("expected float32" in reason for reason in summary.rejected.values())
         fitted.append({key: array for key, array in server.state()[0].items() if key.startswith("stand_in.")})
     assert not fitted[0]
     np.testing.assert_allclose(fitted[1]["stand_in.3.weight"], 2 * np.eye(HIDDEN), atol=0.02)

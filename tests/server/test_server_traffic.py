@@ -8,6 +8,7 @@ from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server
 from chainfed_engine.types import Arrays, Reply
+from chainfed_engine.update_format import halved
 from tests.server.server_parts import HIDDEN, Site, changed_keys, initial, make_server, play, shape
 
 ALL = {"samples": {"a": 5, "b": 6}, "clients_per_round": 2}
@@ -113,3 +114,26 @@ def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_no
         assert moved == (fits or (trained == "at-top" and tasks[0].stage.window.stop == 4))
     own, merged = {"out_weight", "out_bias"}, {"logit_weight", "logit_bias"}
     assert seen == [(4, own), (2, merged), (3, merged), (4, own), (2, merged), (3, merged), (4, own), (4, own)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "goes_as"), [("bert", {"logit_weight.int8", "logit_bias.int8"}), ("fake", {"weight", "bias"})]
+)
+def test_a_stand_in_goes_down_in_eight_bits_where_it_ends_at_the_logits(architecture: str, goes_as: set[str]) -> None:
+    """A map to the final hidden state goes as it is."""
+    samples = {"a": 5, "b": 6}
+    config = ChainConfig(start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, update_format="int8")
+    server = Server(config, replace(shape(4), architecture=architecture), initial(4), samples, "classification")
+    site = Site(samples)
+    server.receive([site.answer(task) for task in server.next_tasks()])
+    tasks = server.next_tasks()
+    assert {task.kind for task in tasks} == {"profile"}
+    x = np.random.default_rng(3).normal(size=(6, HIDDEN)).astype(np.float32)
+    depths = range(int(tasks[0].settings["depth_start"]), int(tasks[0].settings["depth_stop"]))
+    arrays = halved({k: v for depth in depths for k, v in stand_in.statistics(depth, x, 2 * x).items()})
+    server.receive([Reply("profile", task.client, task.round_id, samples[task.client], arrays) for task in tasks])
+    task = server.next_tasks()[0]
+    assert task.stage is not None and task.stage.window.stop == 2
+    sent = {key.removeprefix("stand_in.2."): array for key, array in task.arrays.items() if key.startswith("stand_in.")}
+    assert {key for key in sent if not key.endswith(".scale")} == goes_as
+    assert all(array.dtype == (np.int8 if key.endswith(".int8") else np.float32) for key, array in sent.items())

@@ -38,6 +38,11 @@ def _changed(reply: Reply, change: Any) -> Reply:
     return dataclasses.replace(reply, arrays={key: change(array) for key, array in reply.arrays.items()})
 
 
+def _as_sent(reply: Reply, travels: str) -> Reply:
+    """In sixteen bits where these travel, whether or not an honest client would have left them in more."""
+    return _changed(reply, lambda a: a.astype(np.float16) if travels == "int8" and a.dtype == np.float32 else a)
+
+
 def _more_labels(factor: np.ndarray) -> np.ndarray:
     return np.concatenate([factor[:, : HIDDEN + 1], 3 * factor[:, HIDDEN + 1 :]], axis=1)
 
@@ -46,6 +51,7 @@ def _louder(factor: np.ndarray) -> np.ndarray:
     return np.concatenate([1000 * factor[:, :HIDDEN], factor[:, HIDDEN:]], axis=1)
 
 
+@pytest.mark.parametrize("travels", ["f32", "int8"])
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -54,16 +60,18 @@ def _louder(factor: np.ndarray) -> np.ndarray:
         (_more_labels, "one label a row"),
         (_louder, "the cohort's median is"),
         (lambda factor: np.where(factor == factor[0, 0], np.float32(np.nan), factor), "not finite"),
-        (lambda factor: factor.astype(np.float64), "expected float32"),
-        (lambda factor: factor[:, :-1], "expected float32"),
+        (lambda factor: factor.astype(np.float64), "expected float"),
+        (lambda factor: factor[:, :-1], "expected float"),
+        (lambda factor: np.repeat(factor, 1000, axis=0), "expected float"),
     ],
 )
-def test_statistics_of_a_liar_do_not_count_and_its_round_goes_on(change: Any, reason: str) -> None:
-    server, without = _probing(), _probing()
+def test_statistics_of_a_liar_do_not_count_and_its_round_goes_on(change: Any, reason: str, travels: str) -> None:
+    server, without = _probing(update_format=travels), _probing(update_format=travels)
     site = Site(SAMPLES)
-    replies = [site.answer(task) for task in server.next_tasks()]
+    replies = [_as_sent(site.answer(task), travels) for task in server.next_tasks()]
     without.next_tasks()
-    summary = server.receive([_changed(replies[0], change), *replies[1:]])
+    lie = _as_sent(_changed(replies[0], change), travels)
+    summary = server.receive([lie, *replies[1:]])
     assert list(summary.rejected) == [replies[0].client] and reason in summary.rejected[replies[0].client]
     without.receive(replies[1:])
     assert same_bits(server.parameters(), without.parameters())

@@ -102,7 +102,7 @@ def test_a_number_that_sixteen_bits_cannot_hold_leaves_its_array_as_it_is() -> N
 def test_closed_form_rounds_ask_for_halves_and_count_them_like_the_rows_they_stand_for() -> None:
     counted = []
     for travels in ("f32", "int8"):
-        server, site = make_server(probe_rounds=1, refit_rounds=0, rounds=3, update_format=travels), Site(SAMPLES)
+        server = make_server(probe_rounds=1, refit_rounds=0, rounds=3, update_format=travels)
         tasks = server.next_tasks()
         assert {task.settings["update_format"] for task in tasks} == {travels}
         site = Site(server.client_samples)
