@@ -25,7 +25,7 @@ from torch import Tensor
 from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.callbacks import Callback, notify
 from chainfed_engine.config import ChainConfig
-from chainfed_engine.errors import InvalidArgument
+from chainfed_engine.errors import ConfigError, InvalidArgument
 from chainfed_engine.memory.meter import peak_rss_bytes
 from chainfed_engine.model.frozen import FrozenModel
 from chainfed_engine.model.place import find_place
@@ -49,7 +49,8 @@ class ChainTrainer:
     `store`: a layer store's path or an open FrozenModel. `num_labels`: 0 for a causal LM. `cache_dir`: where boundary
     caches lie (default: a temporary folder that `close` removes). `callbacks` see a `profile`, a `round` and a `memory`
     event for each position of the window, an `eval` for each evaluation and `end` from `close`
-    (chainfed_engine.callbacks). Raises ConfigError for a window that does not fit.
+    (chainfed_engine.callbacks). Nothing is planned or streamed here: every layer that was read stays in memory. Raises
+    ConfigError for a window that does not fit, and for a budget, which only a planned run keeps.
     """
 
     def __init__(
@@ -62,6 +63,11 @@ class ChainTrainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config or ChainConfig()
+        if self.config.budget is not None:
+            raise ConfigError(
+                "[memory] budget: ChainTrainer neither plans nor streams, so it cannot keep one; leave it out, or "
+                "train with cfe.fit or `chainfed run`"
+            )
         self.model = store if isinstance(store, FrozenModel) else _opened(Path(store), self.config)
         task: TaskKind = "classification" if num_labels else "causal-lm"
         cache_format = "int8" if self.config.cache_format == "auto" else self.config.cache_format

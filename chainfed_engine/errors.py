@@ -28,7 +28,7 @@ class InvalidArgument(ChainfedError, ValueError):
 class ConfigError(ChainfedError, ValueError):
     """A configuration file or option: unknown key, wrong type, value out of range."""
 
-    remedy = "correct the configuration (keys and ranges: docs/API.md)"
+    remedy = "correct the configuration (keys, defaults and ranges: chainfed_engine/config.py)"
 
 
 class DataError(ChainfedError, ValueError):

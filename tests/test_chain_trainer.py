@@ -174,3 +174,8 @@ def test_the_default_sample_id_names_the_tokens_and_not_the_padding() -> None:
     short = {"input_ids": alone.input_ids[:1, :4], "attention_mask": alone.attention_mask[:1, :4]}
     padded = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     assert as_batch(short).sample_ids[0] == as_batch(padded).sample_ids[0] != as_batch(padded).sample_ids[1]
+
+
+def test_a_budget_that_cannot_be_kept_here_is_refused(checkpoint: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(ConfigError, match="neither plans nor streams"):
+        ChainTrainer(checkpoint("bert").open(), ChainConfig(budget="1GiB"), num_labels=2)

@@ -13,7 +13,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
         action="append",
         dest="hosts",
         metavar="NAME",
-        help="name or address of the server (may be given again; default: localhost and 127.0.0.1)",
+        help="name or address by which sites reach the server (may be given again; localhost and 127.0.0.1 always are)",
     )
     keys.add_argument("--days", type=int, default=365, help="how long the certificates hold (default: 365)")
     keys.set_defaults(command=make_keys)
@@ -44,8 +44,7 @@ def add_commands(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser
 def make_keys(options: argparse.Namespace) -> int:
     from chainfed_engine.federation.keys import make_keys as make
 
-    hosts = options.hosts or ["localhost", "127.0.0.1"]
-    for path in make(Path(options.folder), options.sites, hosts, days=options.days):
+    for path in make(Path(options.folder), options.sites, options.hosts or [], days=options.days):
         print(path)
     return 0
 

@@ -58,7 +58,9 @@ class FlowerServer:
             if not (keys / "sites" / f"{site}.pub").is_file():
                 raise ConfigError(f"site {site}: no key in {keys / 'sites'}; make one with `chainfed keys`")
         self._environment = flower_environment(self._folder / "home")
-        address = f"{options.host}:{options.port}"
+        # A certificate names machines: who listens on all addresses is reached at this one's own.
+        own = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        address = f"{own}:{options.port}"
         secret = ["--superexec-auth-secret-file", str(keys / "superexec.secret")]
         link = [flower_program("flower-superlink"), "--host", options.host, "--port", str(options.port)]
         link += ["--ssl-ca-certfile", str(self._certificate), "--ssl-certfile", str(keys / "server.crt")]

@@ -20,13 +20,15 @@ from typing import Any
 from chainfed_engine.errors import ConfigError, StorageError
 from chainfed_engine.federation.files import OWNER_ONLY_FILE, make_folder, storage_errors
 
+_LOOPBACK = ("localhost", "127.0.0.1")  # the server's own processes reach it there
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 def make_keys(folder: Path, sites: Sequence[str], hosts: Sequence[str], *, days: int = 365) -> list[Path]:
     """Make what is missing in `folder`: the authority and the server's part once, a key for every new site; the paths
-    of all folders to hand out. `hosts`: names or addresses under which sites reach the server. Raises ConfigError for
-    names that cannot be, StorageError for a site that has a key already."""
+    of all folders to hand out. `hosts`: names or addresses under which sites reach the server; those of this machine
+    itself are always added. Raises ConfigError for names that cannot be, StorageError for a site that has a key
+    already."""
     for name in sites:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"site {name!r}: expected letters, digits, dots, dashes and underscores, at most 63")
@@ -61,6 +63,7 @@ def _make_server(folder: Path, server: Path, hosts: Sequence[str], days: int) ->
         .add_extension(usage, critical=True)
         .sign(authority_key, hashes.SHA256())
     )
+    hosts = list(dict.fromkeys([*hosts, *_LOOPBACK]))
     names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
     certificate = (
         _certificate(_x509_name(hosts[0]), authority_name, server_key.public_key(), days)

@@ -24,14 +24,14 @@ def test_every_private_file_is_its_owners_alone_and_a_site_gets_no_key_but_its_o
 def test_the_certificate_is_for_the_named_hosts_and_signed_by_our_authority(tmp_path: Path) -> None:
     from cryptography import x509
 
-    make_keys(tmp_path / "keys", ["a"], ["localhost", "127.0.0.1"])
+    make_keys(tmp_path / "keys", ["a"], ["fl.example.org", "10.0.0.7"])
     server = tmp_path / "keys" / "server"
     certificate = x509.load_pem_x509_certificate((server / "server.crt").read_bytes())
     authority = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
     certificate.verify_directly_issued_by(authority)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
-    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    assert names.get_values_for_type(x509.DNSName) == ["fl.example.org", "localhost"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "127.0.0.1"]
 
 
 def test_a_public_key_belongs_to_its_private_one_and_names_its_site(tmp_path: Path) -> None:
