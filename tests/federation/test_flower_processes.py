@@ -38,7 +38,7 @@ def _prepare(root: Path, *, num_rounds: int, deadline: float = 120.0) -> None:
     from chainfed_engine.federation.keys import make_keys
 
     make_files(root, rounds=num_rounds, deadline=deadline)
-    make_keys(root / "keys", SITES, ["localhost", "127.0.0.1"])
+    make_keys(root / "keys", SITES, ["fl.example.org"])
     api.run(load_config(root / "all.toml"), root / "in-process")
 
 
