@@ -63,7 +63,8 @@ def learning_rate(lr: float, decay: Literal["none", "cosine"], round_id: int, ro
 @dataclass(frozen=True)
 class Schedule:
     """Of `rounds` rounds the first `probe_rounds` and last `refit_rounds` fit the classifier, the others train `window`
-    layers from `start_layer` (0-based) on. Raises ConfigError for a window that does not fit the model from there."""
+    layers from `start_layer` (0-based) on. Raises ConfigError for a window that does not fit the model from there, and
+    for more first and last rounds than there are."""
 
     kind: ScheduleKind
     num_layers: int
@@ -74,6 +75,11 @@ class Schedule:
     refit_rounds: int = 0
 
     def __post_init__(self) -> None:
+        if self.probe_rounds + self.refit_rounds > self.rounds:
+            raise ConfigError(
+                f"[chain] refit_rounds: expected at most rounds ({self.rounds}) - probe_rounds ({self.probe_rounds}), "
+                f"got {self.refit_rounds}; set probe_rounds too, or lower it"
+            )
         if not 1 <= self.window <= self.num_layers:
             raise ConfigError(
                 f"window: expected 1 to {self.num_layers} layers (the model's depth), got {self.window}; "

@@ -71,6 +71,11 @@ def test_probing_by_default_ends_once_all_was_seen_and_refitting_is_no_longer() 
     assert num_refit_rounds(3, 0, 24) == 3
 
 
+def test_more_first_and_last_rounds_than_there_are_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rounds \(4\) - probe_rounds \(1\), got 4"):
+        Schedule("continuous", num_layers=4, window=1, start_layer=0, rounds=4, probe_rounds=1, refit_rounds=4)
+
+
 @pytest.mark.parametrize(("window", "start", "named"), [(5, 0, "window"), (0, 0, "window"), (2, 3, "start_layer")])
 def test_windows_that_do_not_fit_are_refused(window: int, start: int, named: str) -> None:
     with pytest.raises(ConfigError, match=named):

@@ -118,7 +118,10 @@ def _arrays(entries: list[Any], payload: bytes) -> Arrays:
             raise CorruptFile(
                 f"message: {key}: its shape needs {num_bytes} bytes, {len(payload) - first} are left; cut short"
             )
-        arrays[key] = np.frombuffer(payload, dtype, count, first).reshape(shape)
+        try:
+            arrays[key] = np.frombuffer(payload, dtype, count, first).reshape(shape)
+        except ValueError as error:  # no bytes, and sizes that multiply to more than an address holds
+            raise CorruptFile(f"message: {key}: shape {shape}: {error}") from error
         first += num_bytes
     if first != len(payload):
         raise CorruptFile(f"message: {len(payload) - first} bytes more than its arrays need")
@@ -130,6 +133,7 @@ def _entry(entry: Any) -> tuple[str, np.dtype[Any], list[int]]:
         key, dtype, shape = entry
         sizes = isinstance(shape, list) and len(shape) <= _MAX_DIMS
         sizes = sizes and all(type(size) is int and 0 <= size < 2**40 for size in shape)
-        if isinstance(key, str) and len(key) <= _MAX_KEY and isinstance(dtype, str) and dtype in _DTYPES and sizes:
+        named = isinstance(key, str) and len(key) <= _MAX_KEY and key.isascii() and key.isprintable()
+        if named and isinstance(dtype, str) and dtype in _DTYPES and sizes:
             return key, _DTYPES[dtype], shape
     raise CorruptFile(f"message: expected arrays as [name, dtype, shape], got {entry!r:.100}")

@@ -141,6 +141,8 @@ def _mapping(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> d
             raise CorruptFile(f"message: {name}: expected names with {_names(kinds)}, got {key!r:.60}: {entry!r:.60}")
         if isinstance(entry, str) and len(entry) > _MAX_TEXT:
             raise CorruptFile(f"message: {name}: expected texts of at most {_MAX_TEXT} characters at {key!r:.60}")
+        if isinstance(entry, int) and abs(entry) >= 2**63:  # JSON's are of any length, and no float holds them
+            raise CorruptFile(f"message: {name}: expected a number of 64 bits at {key!r:.60}")
         if isinstance(entry, float) and not math.isfinite(entry):
             raise CorruptFile(f"message: {name}: expected a finite number at {key!r:.60}, got {entry}")
     return dict(value)

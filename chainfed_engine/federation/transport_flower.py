@@ -119,6 +119,8 @@ class FlowerTransport:
                 if answer.lost and (late or lost[answer.site] < MAX_LOST):
                     lost[answer.site] = lost.get(answer.site, 0) + 1  # sent again once the site is there
                     continue
+                if late and answer.error is not None:
+                    continue  # it says nothing of the task that is under way
                 if not late:
                     unanswered.discard(answer.site)
                     if answer.error is None:

@@ -83,9 +83,13 @@ def _refuse_metrics(metrics: object) -> str | None:
             return "metrics: expected names of at most 64 small letters, digits and underscores"
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return one_line(f"metric {name}: expected a number, got {type(value).__name__}")
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            return one_line(f"metric {name}: expected at most {_MAX_METRIC:g}, got a whole number beyond float64")
+        if not math.isfinite(number):
             return one_line(f"{NON_FINITE}: metric {name} is {value}")
-        if abs(float(value)) > _MAX_METRIC:  # sums over all clients must stay finite
+        if abs(number) > _MAX_METRIC:  # sums over all clients must stay finite
             return one_line(f"metric {name}: expected at most {_MAX_METRIC:g}, got {value}")
     return None
 

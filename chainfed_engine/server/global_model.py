@@ -46,6 +46,7 @@ class GlobalModel:
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
         self._train_classifier = train_classifier
+        self._untrained = self._trained.versions(self._trained.classifier_keys())
         self._refits = refits
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
@@ -85,9 +86,15 @@ class GlobalModel:
 
     def trains_classifier(self, stage: Stage) -> bool:
         """Whether steps of this stage train the classifier."""
-        if not self._trains_classifier or self._train_classifier == "never":
+        if not self._trains_classifier or self._when_trained == "never":
             return False
-        return self._fixed_classifier(stage) is None
+        return self._when_trained == "always" or stage.window.stop == self._num_layers
+
+    @property
+    def _when_trained(self) -> Literal["never", "at-top", "always"]:
+        """As it was chosen for a fitted classifier; until one is, as after a fit that nobody answered, "always"."""
+        fitted = self._trained.versions(self._trained.classifier_keys()) != self._untrained
+        return self._train_classifier if fitted else "always"
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
         """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
@@ -127,7 +134,7 @@ class GlobalModel:
     def _fixed_classifier(self, stage: Stage) -> Parameters | None:
         """Stand-in and classifier as one map, where this stage needs no more of either."""
         depth = stage.window.stop
-        if self._train_classifier == "always" or stage.kind != "window" or depth not in self.stand_in_depths():
+        if self._when_trained == "always" or stage.kind != "window" or depth not in self.stand_in_depths():
             return None
         solved = self._stand_ins.select(self._stand_ins.sorted_keys())
         return Parameters(stand_in.with_classifier(solved, depth, self.array(OUT_WEIGHT), self.array(OUT_BIAS)))

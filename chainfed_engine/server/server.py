@@ -206,10 +206,10 @@ class Server:
                 self._holdings.confirm(client, task.versions)
             else:
                 self._holdings.forget(client)
-        if summary.accepted:
-            self._run.setbacks.accepted()
-        else:
+        if not summary.accepted:
             self._run.setbacks.rejected(summary.rejected)
+        elif summary.kind != "profile":  # a profile trains nothing: rounds before it that were rejected stay on record
+            self._run.setbacks.accepted()
         return summary
 
     def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from chainfed_engine.least_squares import BLOCK_COLUMNS
 from chainfed_engine.server.checks import refuse_array
 from chainfed_engine.server.quarantine import MIN_COHORT
 from chainfed_engine.update_format import dtype_of_statistics
@@ -44,14 +45,17 @@ def refuse_rows(key: str, factor: np.ndarray, ones: int, *, at_most: float) -> s
 
 def refuse_one_hot(key: str, factor: np.ndarray, ones: int) -> str | None:
     """Columns behind `ones` must be labels: every row holds one 1 and else 0."""
-    block = factor[:, ones:].astype(np.float64)
-    sums = block.T @ block
-    counts = sums[0, 1:]
-    wanted = np.diag(counts)
-    allowed = _TOLERANCE * max(float(sums[0, 0]), 1.0)
-    if np.abs(sums[1:, 1:] - wanted).max() > allowed or abs(float(counts.sum()) - float(sums[0, 0])) > allowed:
-        return f"{key}: expected one label a row, got other sums"
-    return None
+    total, labelled, column = num_rows(factor, ones), 0.0, factor[:, ones].astype(np.float64)
+    allowed, reason = _TOLERANCE * max(total, 1.0), f"{key}: expected one label a row, got other sums"
+    for begin in range(ones + 1, factor.shape[1], BLOCK_COLUMNS):  # all products at once are C x C
+        block = factor[:, begin : begin + BLOCK_COLUMNS].astype(np.float64)
+        counts = column @ block
+        labelled += float(counts.sum())
+        for other in range(begin, factor.shape[1], BLOCK_COLUMNS):
+            sums = block.T @ factor[:, other : other + BLOCK_COLUMNS].astype(np.float64)
+            if np.abs(sums - (np.diag(counts) if other == begin else 0.0)).max() > allowed:
+                return reason
+    return None if abs(labelled - total) <= allowed else reason
 
 
 def row_size(factor: np.ndarray, ones: int) -> float:

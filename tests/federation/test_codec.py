@@ -60,6 +60,7 @@ def test_a_payload_cut_short_too_long_or_changed_is_refused() -> None:
         _changed(arrays=None),
         _changed(record=[]),
         _changed(arrays=[["a", "<f4", [2**40, 2**39]]]),
+        _changed(arrays=[["a", "<f4", [0, 2**39, 2**39, 2**39]]]),
         _changed(arrays=[["a", "<f4", [-1]]]),
         _changed(arrays=[["a", "<f4", [1, 1, 1, 1, 1]]]),
         _changed(arrays=[["a", "<f4", [True]]]),
@@ -77,6 +78,14 @@ def test_a_payload_cut_short_too_long_or_changed_is_refused() -> None:
 def test_a_hostile_header_is_refused(header: bytes) -> None:
     with pytest.raises(CorruptFile, match="message"):
         unpack(header, pack({}, ARRAYS)[1])
+
+
+@pytest.mark.parametrize("key", ["\ud800", "a\nb", "\u00e4"])
+def test_a_name_that_no_parameter_has_is_refused(key: str) -> None:
+    """Half of a surrogate pair cannot be written to the journal."""
+    message = pack({}, {key: np.zeros(1, np.float32)})
+    with pytest.raises(CorruptFile, match="expected arrays as"):
+        unpack(*message)
 
 
 def test_a_message_of_another_protocol_says_what_to_do() -> None:

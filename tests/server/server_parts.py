@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from chainfed_engine import classifier_fit
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server, Summary
 from chainfed_engine.types import Arrays, ModelShape, Reply, Task, adapter_key, classifier_key
@@ -57,6 +57,14 @@ def trained_keys(task: Task) -> list[str]:
     prefixes = tuple(f"adapters.{layer}." for layer in task.stage.window.layers)
     names = [key.removesuffix(CODES) for key in task.versions if not key.endswith(SCALES)]
     return [key for key in names if key.startswith((*prefixes, "classifier."))]
+
+
+def stand_in_rows(task: Task, num_samples: int) -> Reply:
+    """An honest profile without scores: y = 2 x at every depth asked for."""
+    x = np.random.default_rng(int(task.settings["seed"])).normal(size=(6, HIDDEN)).astype(np.float32)
+    depths = range(int(task.settings["depth_start"]), int(task.settings["depth_stop"]))
+    arrays = {key: rows for depth in depths for key, rows in stand_in.statistics(depth, x, 2 * x).items()}
+    return Reply("profile", task.client, task.round_id, num_samples, arrays)
 
 
 class Site:

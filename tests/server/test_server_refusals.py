@@ -1,14 +1,16 @@
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from chainfed_engine.config import ChainConfig
 from chainfed_engine.errors import InconsistentUpdates, NonFiniteLoss
 from chainfed_engine.server import MAX_REJECTED_IN_A_ROW, Server
 from chainfed_engine.types import Reply, Stage, Window
-from tests.server.server_parts import Site, make_server, play, same_bits
+from tests.server.server_parts import Site, initial, make_server, play, same_bits, shape, stand_in_rows
 
 KEY = "adapters.1.up_weight"
 
@@ -47,6 +49,10 @@ BAD: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "no window": (lambda r: dataclasses.replace(r, stage=None), "got none"),
     "another model": (lambda r: dataclasses.replace(r, base="other"), "frozen model"),
     "another kind": (lambda r: dataclasses.replace(r, kind="evaluate"), "expected a reply to train"),
+    "a number that no float holds": (
+        lambda r: dataclasses.replace(r, metrics={"loss": 10**400}),
+        "beyond float64",
+    ),
     "no samples": (lambda r: dataclasses.replace(r, num_samples=0), "num_samples"),
     "more samples than announced": (lambda r: dataclasses.replace(r, num_samples=10**9), "num_samples"),
     "samples that are no number": (lambda r: dataclasses.replace(r, num_samples="9"), "num_samples"),  # type: ignore[arg-type]
@@ -172,3 +178,60 @@ def test_an_answer_to_an_earlier_round_is_dropped_and_its_client_may_still_answe
     server.next_tasks()
     summary = server.receive([first[1]])
     assert summary.silent == ("a", "b") and summary.num_late == 1 and summary.rejected == {}
+
+
+def test_a_classifier_that_nobody_fitted_is_trained_by_the_windows() -> None:
+    """The first round fits it in closed form; where that round brought nothing, steps must."""
+    samples = {"a": 5, "b": 6}
+    config = ChainConfig(start_layer=0, window=4, probe_rounds=1, rounds=3, clients_per_round=2, update_format="f32")
+    told = []
+    for answered in (True, False):
+        server = Server(
+            config, dataclasses.replace(shape(4), architecture="bert"), initial(4), samples, "classification"
+        )
+        site = Site(samples)
+        replies = [site.answer(task) for task in server.next_tasks()]
+        assert server.receive(replies if answered else []).accepted == answered
+        told.append({bool(task.settings["trains_classifier"]) for task in server.next_tasks()})
+    assert told == [{False}, {True}]
+
+
+@pytest.mark.parametrize("with_stand_in", [True, False])
+def test_a_classifier_that_is_trained_at_the_top_is_trained_nowhere_else(with_stand_in: bool) -> None:
+    samples = {"a": 5, "b": 6}
+    config = ChainConfig(
+        start_layer=0, window=2, probe_rounds=1, rounds=8, clients_per_round=2, train_classifier="at-top",
+        stand_in=with_stand_in, update_format="f32",
+    )  # fmt: skip
+    server = Server(config, dataclasses.replace(shape(4), architecture="bert"), initial(4), samples, "classification")
+    site, seen = Site(samples), set()
+    while not server.done:
+        tasks = server.next_tasks()
+        if tasks[0].kind == "profile":
+            server.receive([stand_in_rows(task, samples[task.client]) for task in tasks])
+            continue
+        stage = tasks[0].stage
+        assert stage is not None
+        if stage.kind == "window":
+            seen.add((stage.window.stop, bool(tasks[0].settings["trains_classifier"])))
+        server.receive([site.answer(task) for task in tasks])
+    assert seen == {(2, False), (3, False), (4, True)}
+
+
+def test_profiles_do_not_hide_that_no_round_counts() -> None:
+    """One depth an exchange: a profile before every new window, and every round refused."""
+    samples = {"a": 5, "b": 6}
+    server = make_server(
+        num_layers=6, window=2, start_layer=0, stand_in=True, schedule="train-and-freeze", samples=samples, rounds=6,
+        clients_per_round=2, profile_clients=2,
+    )  # fmt: skip
+    with (
+        mock.patch("chainfed_engine.stand_in.depths_at_once", lambda hidden_size: 1),
+        pytest.raises(InconsistentUpdates, match="in a row"),
+    ):
+        while not server.done:
+            tasks = server.next_tasks()
+            if tasks[0].kind == "profile":
+                server.receive([stand_in_rows(task, samples[task.client]) for task in tasks])
+            else:
+                server.receive([BAD["an error"][0](Site(samples).answer(task)) for task in tasks])

@@ -4,12 +4,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from chainfed_engine import stand_in
 from chainfed_engine.config import ChainConfig
 from chainfed_engine.server import Server
-from chainfed_engine.types import Arrays, Reply
+from chainfed_engine.types import Arrays
 from chainfed_engine.update_format import halved
-from tests.server.server_parts import HIDDEN, Site, changed_keys, initial, make_server, play, shape
+from tests.server.server_parts import Site, changed_keys, initial, make_server, play, shape, stand_in_rows
 
 ALL = {"samples": {"a": 5, "b": 6}, "clients_per_round": 2}
 
@@ -95,13 +94,7 @@ def test_below_the_top_a_fitted_classifier_travels_inside_the_stand_in_and_is_no
     while not server.done:
         tasks = server.next_tasks()
         if tasks[0].kind == "profile":
-            replies = []
-            for task in tasks:
-                x = np.random.default_rng(len(seen)).normal(size=(6, HIDDEN)).astype(np.float32)
-                depths = range(int(task.settings["depth_start"]), int(task.settings["depth_stop"]))
-                arrays = {k: v for depth in depths for k, v in stand_in.statistics(depth, x, 2 * x).items()}
-                replies.append(Reply("profile", task.client, task.round_id, samples[task.client], arrays))
-            server.receive(replies)
+            server.receive([stand_in_rows(task, samples[task.client]) for task in tasks])
             continue
         assert tasks[0].stage is not None
         names = {key.split(".")[-1] for key in tasks[0].versions if not key.startswith("adapters.")}
@@ -128,10 +121,8 @@ def test_a_stand_in_goes_down_in_eight_bits_where_it_ends_at_the_logits(architec
     server.receive([site.answer(task) for task in server.next_tasks()])
     tasks = server.next_tasks()
     assert {task.kind for task in tasks} == {"profile"}
-    x = np.random.default_rng(3).normal(size=(6, HIDDEN)).astype(np.float32)
-    depths = range(int(tasks[0].settings["depth_start"]), int(tasks[0].settings["depth_stop"]))
-    arrays = halved({k: v for depth in depths for k, v in stand_in.statistics(depth, x, 2 * x).items()})
-    server.receive([Reply("profile", task.client, task.round_id, samples[task.client], arrays) for task in tasks])
+    replies = [stand_in_rows(task, samples[task.client]) for task in tasks]
+    server.receive([replace(reply, arrays=halved(reply.arrays)) for reply in replies])
     task = server.next_tasks()[0]
     assert task.stage is not None and task.stage.window.stop == 2
     sent = {key.removeprefix("stand_in.2."): array for key, array in task.arrays.items() if key.startswith("stand_in.")}

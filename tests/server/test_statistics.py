@@ -1,14 +1,16 @@
 """What a hostile client can do with statistics: they are sums, so one client's could outweigh everybody's."""
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chainfed_engine import stand_in
+from chainfed_engine import classifier_fit, stand_in
 from chainfed_engine.server import Server
 from chainfed_engine.server.quarantine import weight_cap
+from chainfed_engine.server.statistics import refuse_one_hot
 from chainfed_engine.types import Arrays, Reply, Task
 from tests.server.server_parts import HIDDEN, Site, make_server, same_bits
 
@@ -146,3 +148,18 @@ def test_a_lie_about_samples_buys_no_larger_norm() -> None:
     arrays = {key: before[key] + np.float32(100) * (array - before[key]) for key, array in replies[0].arrays.items()}
     summary = server.receive([dataclasses.replace(replies[0], arrays=arrays), *replies[1:]])
     assert list(summary.rejected) == ["client-0"]
+
+
+def test_labels_of_many_classes_are_checked_without_a_matrix_of_all_of_them() -> None:
+    """C x C in float64 would be 72 MB here, for a reply of 0.25 MB."""
+    generator = np.random.default_rng(0)
+    x, labels = generator.normal(size=(20, 8)).astype(np.float32), generator.integers(3000, size=20)
+    honest = classifier_fit.statistics(x, labels, 3000)[classifier_fit.FACTOR_KEY]
+    twice = honest.copy()
+    twice[3, 9 + (labels[3] + 1500) % 3000] = 1.0
+    tracemalloc.start()
+    reasons = [refuse_one_hot("factor", factor, 8) for factor in (honest, twice)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reasons[0] is None and reasons[1] is not None and "one label a row" in reasons[1]
+    assert peak < 4 << 20
