@@ -14,7 +14,7 @@ from torch import nn
 
 from chainfed_engine.adapters import Adapter
 from chainfed_engine.errors import InvalidArgument
-from chainfed_engine.types import Arrays, Window, adapter_key, classifier_key
+from chainfed_engine.types import Arrays, Window, adapter_key, classifier_key, layer_of_key
 
 
 class Parameters:
@@ -25,11 +25,14 @@ class Parameters:
             self._tensors.update({adapter_key(layer, name): p for name, p in adapter.named_parameters()})
         if classifier is not None:
             self._tensors.update({classifier_key(name): p for name, p in classifier.named_parameters()})
+        self._zero_at_first = {key for key, parameter in self._tensors.items() if not parameter.any()}
         self._loaded: dict[str, np.ndarray[Any, Any]] = {}
         self._hashes: dict[int, str] = {}
 
     def load(self, arrays: Arrays) -> None:
-        """Copy the arrays whose keys are parameters into them; other keys (stand-ins) are left to their users."""
+        """Copy the arrays whose keys are parameters into them; other keys (stand-ins) are left to their users. A layer
+        of which nothing is named is the identity: what was trained in it here counts for nobody else."""
+        self._forget_all_but({layer for layer in map(layer_of_key, arrays) if layer is not None})
         for key, parameter in self._tensors.items():
             array = arrays.get(key)
             if array is None or self._loaded.get(key) is array:
@@ -43,6 +46,17 @@ class Parameters:
                 parameter.copy_(torch.from_numpy(array))
             self._changed(key)
             self._loaded[key] = array
+
+    def _forget_all_but(self, layers: set[int]) -> None:
+        for layer, adapter in self.adapters.items():
+            if layer in layers or not adapter.is_trained:
+                continue
+            for name, parameter in adapter.named_parameters():
+                key = adapter_key(layer, name)
+                if key in self._zero_at_first:
+                    with torch.no_grad():
+                        parameter.zero_()
+                self._changed(key)
 
     def train_only(self, window: Window, *, classifier: bool = True) -> list[nn.Parameter]:
         """Let gradient flow to the window's adapters and (`classifier`) the classifier alone; returns them in a fixed
