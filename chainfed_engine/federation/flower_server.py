@@ -41,6 +41,12 @@ class ServeOptions:
     meet_seconds: float = 600.0
 
 
+def reached_at(host: str) -> str:
+    """Where the server's own processes dial it. A certificate names machines: who listens on all addresses is dialled
+    at this machine's own."""
+    return "127.0.0.1" if host == "0.0.0.0" else host
+
+
 class FlowerServer:
     """Owns its children from `start` to `stop`; a context manager."""
 
@@ -58,9 +64,7 @@ class FlowerServer:
             if not (keys / "sites" / f"{site}.pub").is_file():
                 raise ConfigError(f"site {site}: no key in {keys / 'sites'}; make one with `chainfed keys`")
         self._environment = flower_environment(self._folder / "home")
-        # A certificate names machines: who listens on all addresses is reached at this one's own.
-        own = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-        address = f"{own}:{options.port}"
+        address = f"{reached_at(options.host)}:{options.port}"
         secret = ["--superexec-auth-secret-file", str(keys / "superexec.secret")]
         link = [flower_program("flower-superlink"), "--host", options.host, "--port", str(options.port)]
         link += ["--ssl-ca-certfile", str(self._certificate), "--ssl-certfile", str(keys / "server.crt")]

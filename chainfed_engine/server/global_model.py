@@ -46,7 +46,7 @@ class GlobalModel:
         self._num_layers = num_layers
         self._uses_later_adapters = uses_later_adapters
         self._train_classifier = train_classifier
-        self._untrained = self._trained.versions(self._trained.classifier_keys())
+        self.is_fitted = False  # the classifier, in closed form, ever
         self._refits = refits
         for layer in trained_layers:
             if not self._trained.layer_keys([layer]):
@@ -93,8 +93,7 @@ class GlobalModel:
     @property
     def _when_trained(self) -> Literal["never", "at-top", "always"]:
         """As it was chosen for a fitted classifier; until one is, as after a fit that nobody answered, "always"."""
-        fitted = self._trained.versions(self._trained.classifier_keys()) != self._untrained
-        return self._train_classifier if fitted else "always"
+        return self._train_classifier if self.is_fitted else "always"
 
     def for_client(self, stage: Stage, max_layers: int | None) -> Stage:
         """The stage for a client that can train `max_layers` at once (None: all): the window's topmost layers. They
@@ -176,7 +175,7 @@ class GlobalModel:
         has_bias = OUT_BIAS in self._trained.classifier_keys()
         counted = classifier_fit.weighted(factor, 1 / weight)
         self._trained.replace(classifier_fit.solve(counted, len(self.array(OUT_WEIGHT)), bias=has_bias))
-        self._factor = {FACTOR_KEY: factor}
+        self._factor, self.is_fitted = {FACTOR_KEY: factor}, True
 
     def statistics(self) -> Arrays:
         """What is kept beside the parameters: stand-ins, and the classifier's factor while it is of use."""
@@ -189,10 +188,10 @@ class GlobalModel:
             raise CorruptFile(f"saved state: {reason}; start a new run")
         return found
 
-    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], factor: Arrays) -> None:
+    def set_statistics(self, stand_ins: Mapping[str, np.ndarray], factor: Arrays, *, is_fitted: bool) -> None:
         """Exactly these, as after a restore."""
         self._stand_ins = Parameters(stand_ins)
-        self._factor = factor
+        self._factor, self.is_fitted = factor, is_fitted
 
     def add_stand_ins(self, arrays: Mapping[str, np.ndarray]) -> list[str]:
         """Install fitted maps. A large one is kept only until the next comes; returns the keys let go."""

@@ -31,19 +31,21 @@ class RunState:
             start_layer=progress.start_layer,
             round_id=progress.round_id,
             profile_attempts=progress.profile_attempts,
-            setbacks=Setbacks(progress.rejections, progress.only_non_finite),
+            setbacks=Setbacks(progress.rejections, progress.rejected_profiles, progress.only_non_finite),
             awaited=Awaited(progress.awaited),
             typical_size=size,
         )
 
-    def progress(self, stand_in_depths: Collection[int]) -> Progress:
+    def progress(self, stand_in_depths: Collection[int], *, classifier_is_fitted: bool) -> Progress:
         """As it is saved; `stand_in_depths`: where stand-ins are fitted."""
         return Progress(
             round_id=self.round_id,
             profile_attempts=self.profile_attempts,
             start_layer=self.start_layer,
             stand_in_depths=tuple(sorted(stand_in_depths)),
-            rejections=tuple(self.setbacks.reasons),
+            classifier_is_fitted=classifier_is_fitted,
+            rejections=tuple(self.setbacks.rounds),
+            rejected_profiles=tuple(self.setbacks.profiles),
             only_non_finite=self.setbacks.only_non_finite,
             typical_norm=self.typical_norm,
             typical_steps=None if self.typical_size is None else self.typical_size.steps,

@@ -21,7 +21,7 @@ from chainfed_engine.server.plan import Plan
 from chainfed_engine.types import Arrays, ModelShape, TaskKind, stand_in_key
 
 FORMAT = "chainfed-server-state"
-VERSION = 4
+VERSION = 5
 # What may change between a kill and the resume, because no bit of the result depends on it.
 _FREE_FIELDS = {
     "budget",
@@ -37,18 +37,20 @@ _FREE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run got. `stand_in_depths`: where stand-ins are fitted.
+    """How far a run got. `stand_in_depths`: where stand-ins are fitted; `classifier_is_fitted`: in closed form, ever.
 
-    `rejections`: one line of reasons for each exchange rejected in a row up to now. `typical_norm`, `typical_steps`:
-    medians of the last cohort that was large enough to tell (see quarantine.py). `awaited`: client -> the round it owes
-    an answer to (see lateness.py).
+    `rejections`, `rejected_profiles`: one line of reasons for each round, each profile rejected in a row up to now.
+    `typical_norm`, `typical_steps`: medians of the last cohort that was large enough to tell (see quarantine.py).
+    `awaited`: client -> the round it owes an answer to (see lateness.py).
     """
 
     round_id: int
     profile_attempts: int
     start_layer: int | None
     stand_in_depths: tuple[int, ...]
+    classifier_is_fitted: bool
     rejections: tuple[str, ...]
+    rejected_profiles: tuple[str, ...]
     only_non_finite: bool
     typical_norm: float | None
     typical_steps: float | None
@@ -96,7 +98,8 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
         raise CorruptFile(f"saved state: expected progress with {sorted(names)}, got {progress!r:.200}")
     for name in ("round_id", "profile_attempts"):
         _require(_is_count(progress[name]), name, progress[name])
-    _require(isinstance(progress["only_non_finite"], bool), "only_non_finite", progress["only_non_finite"])
+    for name in ("only_non_finite", "classifier_is_fitted"):
+        _require(isinstance(progress[name], bool), name, progress[name])
     _require(
         progress["start_layer"] is None or _is_count(progress["start_layer"]), "start_layer", progress["start_layer"]
     )
@@ -111,13 +114,13 @@ def from_record(record: Mapping[str, Any], run: Mapping[str, Any]) -> Progress:
     )
     _require(owed, "awaited", awaited)
     _require_rounds(record["run"]["rounds"], run, progress["round_id"], progress["start_layer"])
-    rejections = progress["rejections"]
-    _require(
-        isinstance(rejections, list) and all(isinstance(text, str) for text in rejections), "rejections", rejections
-    )
+    lines = {name: progress[name] for name in ("rejections", "rejected_profiles")}
+    for name, found in lines.items():
+        _require(isinstance(found, list) and all(isinstance(text, str) for text in found), name, found)
     depths = progress["stand_in_depths"]
     _require(isinstance(depths, list) and all(map(_is_count, depths)), "stand_in_depths", depths)
-    return Progress(**{**progress, "rejections": tuple(rejections), "stand_in_depths": tuple(depths)})
+    told = {name: tuple(found) for name, found in lines.items()}
+    return Progress(**{**progress, **told, "stand_in_depths": tuple(depths)})
 
 
 def require_arrays(arrays: Arrays, like: Arrays, *, depths: Collection[int], hidden_size: int) -> list[str]:

@@ -142,7 +142,7 @@ class Server:
         """
         if self.done:
             raise InvalidArgument("next_tasks: the run is done; look at `done` before asking")
-        self._run.setbacks.check("profile attempts" if self._profile_pending else "rounds")
+        self._run.setbacks.check()
         tasks = self._profile_tasks() if self._profile_pending else self._train_tasks()
         self._holdings.forget_outdated({key: version for task in tasks for key, version in task.versions.items()})
         self._pending = {task.client: task for task in tasks}
@@ -206,10 +206,10 @@ class Server:
                 self._holdings.confirm(client, task.versions)
             else:
                 self._holdings.forget(client)
-        if not summary.accepted:
-            self._run.setbacks.rejected(summary.rejected)
-        elif summary.kind != "profile":  # a profile trains nothing: rounds before it that were rejected stay on record
-            self._run.setbacks.accepted()
+        if summary.accepted:
+            self._run.setbacks.accepted(summary.kind)
+        else:
+            self._run.setbacks.rejected(summary.kind, summary.rejected)
         return summary
 
     def _receive_late(self, collector: ProfileCollector | UpdateCollector, reply: Reply) -> str | None:
@@ -338,7 +338,7 @@ class Server:
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """Everything the rest of the run depends on: parameters and stand-ins (shared), and a JSON-able record."""
-        progress = self._run.progress(self._model.stand_in_depths())
+        progress = self._run.progress(self._model.stand_in_depths(), classifier_is_fitted=self._model.is_fitted)
         return {**self._model.state(), **self._model.statistics()}, saved.to_record(self._identity(), progress)
 
     def restore(self, arrays: Arrays, record: Mapping[str, Any]) -> None:
@@ -352,7 +352,8 @@ class Server:
         stand_ins = saved.require_arrays(others, own, depths=depths, hidden_size=self.shape.hidden_size)
         self._model.update({key: arrays[key] for key in own})
         early = saved.refitted_too_early(record["run"]["rounds"], self._plan, progress.round_id)
-        self._model.set_statistics({key: arrays[key] for key in stand_ins}, {} if early else kept)
+        fitted = progress.classifier_is_fitted
+        self._model.set_statistics({key: arrays[key] for key in stand_ins}, {} if early else kept, is_fitted=fitted)
         self._holdings = Holdings()
         self._pending = None
         self._run = RunState.restored(progress)

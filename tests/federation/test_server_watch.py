@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("cryptography", reason="cryptography is not installed (extra `flower`)")
 
 from chainfed_engine.federation import keys as keys_module
+from chainfed_engine.federation.flower_server import reached_at
 from chainfed_engine.federation.keys import make_keys
 from chainfed_engine.federation.server_watch import ServerWatch, why_unreachable
 
@@ -134,3 +135,9 @@ def test_a_key_that_is_not_registered_is_told_from_a_server_that_is_gone(keys: P
         log.write_text("ERROR :     Exit Code: 305\nan error while connecting")
         line = watch.look()
         assert line is not None and "its key is not registered" in line and "keys/server/sites/clinic.pub" in line
+
+
+def test_a_server_that_listens_on_all_addresses_is_dialled_at_one_that_its_certificate_names() -> None:
+    assert [reached_at(host) for host in ("0.0.0.0", "127.0.0.1", "fl.example.org")] == [
+        "127.0.0.1", "127.0.0.1", "fl.example.org",
+    ]  # fmt: skip

@@ -183,7 +183,9 @@ def test_an_answer_to_an_earlier_round_is_dropped_and_its_client_may_still_answe
 def test_a_classifier_that_nobody_fitted_is_trained_by_the_windows() -> None:
     """The first round fits it in closed form; where that round brought nothing, steps must."""
     samples = {"a": 5, "b": 6}
-    config = ChainConfig(start_layer=0, window=4, probe_rounds=1, rounds=3, clients_per_round=2, update_format="f32")
+    config = ChainConfig(
+        start_layer=0, window=4, probe_rounds=1, refit_rounds=0, rounds=5, clients_per_round=2, update_format="f32"
+    )
     told = []
     for answered in (True, False):
         server = Server(
@@ -192,8 +194,13 @@ def test_a_classifier_that_nobody_fitted_is_trained_by_the_windows() -> None:
         site = Site(samples)
         replies = [site.answer(task) for task in server.next_tasks()]
         assert server.receive(replies if answered else []).accepted == answered
-        told.append({bool(task.settings["trains_classifier"]) for task in server.next_tasks()})
-    assert told == [{False}, {True}]
+        for _ in range(3):  # rounds that train it do not make it fitted, nor does a restart
+            tasks = server.next_tasks()
+            told.append({bool(task.settings["trains_classifier"]) for task in tasks})
+            server.receive([site.answer(task) for task in tasks])
+            server.restore(*server.state())
+            site = Site(samples)
+    assert told == [{False}] * 3 + [{True}] * 3
 
 
 @pytest.mark.parametrize("with_stand_in", [True, False])
@@ -235,3 +242,19 @@ def test_profiles_do_not_hide_that_no_round_counts() -> None:
                 server.receive([stand_in_rows(task, samples[task.client]) for task in tasks])
             else:
                 server.receive([BAD["an error"][0](Site(samples).answer(task)) for task in tasks])
+
+
+def test_a_rejected_profile_is_no_rejected_round() -> None:
+    samples = {"a": 5, "b": 6}
+    server = make_server(
+        num_layers=6, window=5, start_layer=0, stand_in=True, schedule="train-and-freeze", samples=samples, rounds=2,
+        clients_per_round=2, profile_clients=2,
+    )  # fmt: skip
+    server.receive([BAD["an error"][0](stand_in_rows(task, samples[task.client])) for task in server.next_tasks()])
+    server.restore(*server.state())
+    server.receive([stand_in_rows(task, samples[task.client]) for task in server.next_tasks()])
+    site = Site(samples)
+    server.receive([site.answer(task) for task in server.next_tasks()])
+    server.receive([BAD["an error"][0](site.answer(task)) for task in server.next_tasks()])
+    told = server.setbacks_at_end()
+    assert told is not None and "in the last 1 of 2 rounds" in told
